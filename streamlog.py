@@ -1,0 +1,2082 @@
+#!/usr/bin/env python3
+"""streamlog: run a command per URL and stream its output live, to curl and to a plain browser tab.
+
+usage: streamlog [OPTION]... [[METHOD:]NAME=COMMAND LINE | COMMAND LINE]...
+
+  python streamlog.py                             this machine's own diagnostics
+  python streamlog.py 'disk=df -h' 'logs=tail -n {lines:int=100} -F /var/log/syslog'
+  curl -N 'localhost:8000/logs?lines=20'          live; Ctrl-C ends the remote tail too
+
+options:
+  -p, --port PORT      listen on this port (8000); 0 picks a free one and prints it
+  -b, --bind ADDRESS   listen on this address (127.0.0.1)
+  -c, --config FILE    read commands from this file, before those given as arguments
+      --timeout SEC    stop a run after so many seconds (no limit)
+      --grace SEC      seconds from SIGTERM to SIGKILL when a run is stopped (5)
+      --max-runs N     runs at a time; one more gets a 503 (64)
+      --no-auth        listen on an address that others reach, for anyone to use
+      --check          print the commands as they were understood, and exit
+  -v, --verbose        also log each start of a command
+  -q, --quiet          log warnings only, and print the address alone at start
+  -h, --help           print this text and exit
+      --version        print the version and exit
+
+commands:
+  A command line is split as a shell would and run without one; a leading ! asks for /bin/sh.
+  {name} is a required parameter of the URL's query, {name=default} an optional one, and
+  {name:type} has a type: word (the default), int, path, text, a choice such as nginx|redis,
+  or a regular expression that the value must match in full. A value is one argument, and
+  never an option. {{name}} stands for {name} itself. POST:NAME=... is run by POST only.
+
+commands file (one section a command):
+  [restart]
+  command = systemctl restart {unit:nginx|redis}
+  about = Restart a service
+  method = POST       GET or POST (GET)
+  timeout = 30        seconds
+  max = 1             runs of it at a time
+  stderr = merge      merge, separate or discard (merge)
+  cwd = /srv          directory to run in
+  env = LANG=C        a NAME=value per line
+  type = text/csv     Content-Type of output that is not plain text
+
+what a client sees:
+  The output is the body, byte for byte, as it comes; the trailer Exit-Code ends a run that
+  ended by itself. A run that the server ended is cut without the final chunk (curl exits 18).
+  When the client leaves, the command's process group gets SIGTERM, then SIGKILL.
+  ?footer=1 adds a last line with exit code and duration, as a browser gets; ?footer=0 omits it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if os.name != "posix" or sys.version_info < (3, 9):  # said before an import below fails for that reason
+    _NEEDS = "streamlog needs Python 3.9 or newer on a POSIX system (Linux, macOS; on Windows, WSL)"
+    if os.path.basename(sys.argv[0]).startswith("streamlog"):
+        sys.exit(_NEEDS)
+    raise ImportError(_NEEDS)
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import http
+import http.server
+import ipaddress
+import itertools
+import logging
+import math
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import termios
+import threading
+import time
+import urllib.parse
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Union
+
+if TYPE_CHECKING:
+    import argparse
+
+__version__ = "0.1.0"
+__all__ = ["Command", "ConfigError", "Error", "Server", "Settings"]
+
+_log = logging.getLogger("streamlog")
+
+
+# ---------------------------------------------------------------------------------------------
+# errors and settings: every refusal is an Error, raised where it is found and answered in one place
+
+
+class Error(Exception):
+    """A refusal, as one sentence that says what to do, with the HTTP status and headers to answer it by."""
+
+    def __init__(self, message: str, status: int = 400, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+
+
+class ConfigError(Error):
+    """A mistake in a command or a setting, found at start."""
+
+
+class _ClientGone(Exception):
+    """The client has left, or took too long to say what it wants: there is nobody to answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a server is told once, at start. Durations are in seconds."""
+
+    bind: str = "127.0.0.1"
+    port: int = 8000
+    timeout_seconds: Optional[float] = None
+    grace_seconds: float = 5.0
+    drain_seconds: float = 2.0
+    max_runs: int = 64
+    no_auth: bool = False
+    head_seconds: float = 10.0
+    idle_seconds: float = 60.0
+    keepalive_seconds: int = 15
+    child_nofile: Optional[tuple[int, int]] = None  # (soft, hard) RLIMIT_NOFILE for commands; None: as ours
+
+
+# ---------------------------------------------------------------------------------------------
+# commands: what may run, and how a value from a URL becomes one argument of it. No I/O but the file
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_WORD = r"[A-Za-z0-9_.,:@%+=-]+"
+_TYPES = {"word": _WORD, "int": r"-?[0-9]+", "path": r"[A-Za-z0-9_.,:@%+=/-]+", "text": r"(?s:.*)"}
+_CHOICE = re.compile(rf"{_WORD}(?:\|{_WORD})+")
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?=[}:=])")
+_SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh"})
+_HIDDEN_ENVIRONMENT = re.compile(r"STREAMLOG_.*|LISTEN_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY")
+_PLAIN_TEXT = "text/plain; charset=utf-8"
+
+# A placeholder in a line that is being read: \0, its index, \0. No argument can hold a NUL, and shlex and the
+# shell scanner take one for an ordinary character, so that a placeholder's own text is never split or unquoted.
+_MARK = re.compile("\0([0-9]+)\0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A placeholder of a command: what a URL may say for it."""
+
+    name: str
+    type: str
+    pattern: re.Pattern[str]
+    default: Optional[str] = None
+
+    @property
+    def choices(self) -> list[str]:
+        """The values of a choice; empty for any other type."""
+        return self.type.split("|") if _CHOICE.fullmatch(self.type) else []
+
+    def problem(self, value: str, starts_argument: bool) -> str:
+        """What is wrong with a value, or an empty string."""
+        if not self.pattern.fullmatch(value) or "\0" in value:
+            return f"must be {self.type}"
+        if self.type == "text" and not value.isprintable():
+            return "must be printable text"
+        if self.type in ("word", "path") and ".." in value.split("/"):
+            return "must not contain '..'"
+        if starts_argument and value.startswith("-"):
+            return "must not begin with '-'"
+        if self.type == "path" and not starts_argument and value.startswith("/"):
+            return "must be a relative path"
+        return ""
+
+
+def _parse_parameter(line: str, start: int, name: str) -> tuple[int, Parameter]:
+    """Read the placeholder whose brace opens at `start`; return where it ends, and the parameter."""
+    at = start + 1 + len(name)
+    equals, braces, parentheses, in_class = None, 0, 0, False
+    while at < len(line):
+        char = line[at]
+        if char == "\\":
+            at += 1
+        elif in_class and equals is None:
+            in_class = char != "]"
+        elif char == "}" and not braces:
+            return at + 1, _make_parameter(name, line[start + 1 + len(name) : at], equals and equals - at)
+        elif char in "{}":
+            braces += 1 if char == "{" else -1
+        elif char == "=" and equals is None and not braces and not parentheses:
+            equals = at
+        elif char in "()":
+            parentheses += 1 if char == "(" else -1
+        else:
+            in_class = char == "["
+        at += 1
+    raise ConfigError(f"placeholder '{{{name}' has no closing brace: write {{{{{name}}}}} if it is not one")
+
+
+def _make_parameter(name: str, text: str, equals: Optional[int]) -> Parameter:
+    """A parameter from the text behind its name: `:type`, `=default` or both; `equals` counts from the end."""
+    type_, default = (text, None) if equals is None else (text[:equals], text[equals:][1:])
+    type_ = type_[1:] or "word"
+    if type_ in _TYPES:
+        pattern = _TYPES[type_]
+    elif _CHOICE.fullmatch(type_):
+        pattern = "|".join(map(re.escape, type_.split("|")))
+    elif re.fullmatch(r"[A-Za-z0-9_-]+", type_):
+        raise ConfigError(
+            f"parameter {name!r} has an unknown type: {type_!r}; known are {', '.join(_TYPES)}, "
+            f"choices such as on|off, and regular expressions (a literal brace is doubled: {{{{{name}...}}}})"
+        )
+    else:
+        pattern = type_
+    try:
+        return Parameter(name, type_, re.compile(pattern), default)
+    except re.error as error:
+        raise ConfigError(f"parameter {name!r} has a bad regular expression: {error}: {type_!r}") from None
+
+
+def _mark_placeholders(line: str) -> tuple[str, list[Parameter]]:
+    """Find the placeholders of a raw line; return it with a mark for each, and their parameters in order."""
+    if "\0" in line:
+        raise ConfigError("a command line cannot hold a NUL character")
+    out: list[str] = []
+    found: list[Parameter] = []
+    at = 0
+    for brace in re.finditer(r"\$?\{", line):
+        if brace.start() < at:
+            continue
+        out.append(line[at : brace.start()])
+        at = brace.end()
+        is_doubled = line.startswith("{{", brace.start())
+        match = _PLACEHOLDER.match(line, brace.start() + is_doubled)
+        if not match:
+            out.append(brace[0])
+            continue
+        end, parameter = _parse_parameter(line, match.start(), match[1])
+        if is_doubled and line.startswith("}", end):
+            out.append(line[match.start() : end])
+            at = end + 1
+        elif is_doubled:
+            out.append("{")
+        else:
+            out.append(f"\0{len(found)}\0")
+            found.append(parameter)
+            at = end
+    return "".join([*out, line[at:]]), found
+
+
+def _by_name(found: Sequence[Parameter]) -> dict[str, Parameter]:
+    """The parameters of a command; one named twice must say the same twice, or only its name again."""
+    named: dict[str, Parameter] = {}
+    for parameter in found:
+        first = named.setdefault(parameter.name, parameter)
+        if parameter != first and (parameter.type, parameter.default) != ("word", None):
+            raise ConfigError(f"parameter {parameter.name!r} is described twice, and differently")
+    return named
+
+
+_SHELL_TOKEN = re.compile(r"\\.|\$\(\(|\$\(|\$\{|(?<=[\s;&|(])#[^\n]*|\0[0-9]+\0|[\"'`(){}]", re.DOTALL)
+_SHELL_CLOSES = {"$(": ")", "(": ")", "$((": ")", "${": "}"}
+
+
+def _shell_quote_state(stack: Sequence[str]) -> str:
+    """How the shell reads a word here: as '"', "'", or '' for unquoted. In arithmetic, quotes are not special."""
+    for context in reversed(stack):
+        if context != "${":
+            return {"$((": '"', '"': '"', "'": "'"}.get(context, "")
+    return ""
+
+
+def _shell_script(marked: str, found: Sequence[Parameter]) -> str:
+    """Turn each mark of a script into an expansion that stays one word where it stands (sh(1), quoting)."""
+    expansions = {"": '"${arg_%s}"', '"': "${arg_%s}", "'": "'\"${arg_%s}\"'"}
+    stack: list[str] = []
+
+    def replace(match: re.Match[str]) -> str:
+        token, quote = match[0], _shell_quote_state(stack)
+        if token[0] == "\0":
+            return expansions[quote] % found[int(token[1:-1])].name
+        if quote == "'":
+            if token == "'":
+                stack.pop()
+        elif token in "\"'`" and stack and stack[-1] == token:
+            stack.pop()
+        elif stack and token == _SHELL_CLOSES.get(stack[-1]):
+            # `$((` is closed by two: what is left of it after the first is a `(`.
+            stack[-1:] = ["("] if stack[-1] == "$((" else []
+        elif token in ('"', "`", "$(", "$((", "${") or (token in "('" and not quote):
+            stack.append(token)
+        return token
+
+    # A comment may hold an unpaired quote; a mark in it is replaced all the same, for the next reader's sake.
+    return _SHELL_TOKEN.sub(replace, marked)
+
+
+_Argument = tuple[Union[str, Parameter], ...]
+
+
+def _split_arguments(marked: str, found: Sequence[Parameter]) -> tuple[_Argument, ...]:
+    """The arguments of a command line, each a tuple of literal text and parameters."""
+    try:
+        words = shlex.split(marked)
+    except ValueError as error:
+        raise ConfigError(f"cannot be split into arguments: {str(error).lower()}") from None
+    return tuple(
+        tuple(found[int(part)] if at % 2 else part for at, part in enumerate(_MARK.split(word)) if part or at % 2)
+        for word in words
+    )
+
+
+def _check_program(arguments: Sequence[_Argument]) -> None:
+    """Refuse what would let a value from a URL choose the program or write shell text."""
+    if not arguments or not arguments[0]:
+        raise ConfigError("the command line is empty")
+    if any(isinstance(part, Parameter) for part in arguments[0]):
+        raise ConfigError("the program itself cannot be a parameter")
+    for at, argument in enumerate(arguments):
+        if os.path.basename(str(argument[0] if argument else "")) in _SHELLS:
+            script = _script_argument(arguments[at + 1 :])
+            if any(isinstance(part, Parameter) for part in script):
+                raise ConfigError(
+                    "a parameter inside the script of a shell's -c would be read as shell text: "
+                    "write the command line as !SCRIPT, where values travel in the environment"
+                )
+
+
+def _script_argument(arguments: Sequence[_Argument]) -> _Argument:
+    """The script among a shell's arguments, if -c (or a cluster such as -ec) asks for one."""
+    has_c = takes_value = False
+    for argument in arguments:
+        text = str(argument[0]) if argument else ""
+        if takes_value:
+            takes_value = False
+        elif len(text) > 1 and text[0] in "-+":
+            has_c = has_c or bool(re.fullmatch(r"-[A-Za-z]*c[A-Za-z]*", text))
+            takes_value = text[-1] in "oO" and not text.startswith("--")
+        else:
+            return argument if has_c else ()
+    return ()
+
+
+class Launch(NamedTuple):
+    """One execution to be started: what subprocess needs to know."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    cwd: Optional[str]
+    stderr: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a name runs. Raises ConfigError where a mistake can be seen without running it.
+
+    command: a command line with placeholders, split by shlex and run without a shell, or `!` and a script
+        for /bin/sh. about: a description. method: GET or POST. timeout: seconds, or None. max: runs at a time,
+        or None. stderr: merge, separate or discard. cwd: the directory to run in. env: variables to add.
+        type: the Content-Type of the output.
+    """
+
+    command: str
+    about: str = ""
+    method: str = "GET"
+    timeout: Optional[float] = None
+    max: Optional[int] = None
+    stderr: str = "merge"
+    cwd: Optional[str] = None
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    type: str = _PLAIN_TEXT
+    parameters: Mapping[str, Parameter] = dataclasses.field(init=False, repr=False, default_factory=dict)
+    _arguments: tuple[_Argument, ...] = dataclasses.field(init=False, repr=False, default=())
+
+    def __post_init__(self) -> None:
+        for option, known in (("method", ("GET", "POST")), ("stderr", ("merge", "separate", "discard"))):
+            if getattr(self, option) not in known:
+                raise ConfigError(f"{option} must be {' or '.join(known)}: {getattr(self, option)!r}")
+        if self.timeout is not None and not 0 < self.timeout < math.inf:
+            raise ConfigError(f"timeout must be a number of seconds above 0: {self.timeout!r}")
+        if self.max is not None and self.max < 1:
+            raise ConfigError(f"max must be a whole number above 0: {self.max!r}")
+        if not re.fullmatch(r"[!-~]+/[!-~]+( *;[ -~]+)?", self.type):
+            raise ConfigError(f"type must be a Content-Type such as text/csv: {self.type!r}")
+        for name, value in self.env.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
+                raise ConfigError(f"env must be NAME=value, one a line: {name!r}")
+        marked, found = _mark_placeholders(self.command)
+        named = _by_name(found)
+        found = [named[parameter.name] for parameter in found]
+        if self.is_shell:
+            script = _shell_script(marked.lstrip()[1:], found)
+            arguments: tuple[_Argument, ...] = (("/bin/sh",), ("-c",), (script,))
+        else:
+            arguments = _split_arguments(marked, found)
+            _check_program(arguments)
+        object.__setattr__(self, "parameters", MappingProxyType(named))
+        object.__setattr__(self, "_arguments", arguments)
+        self._check_defaults()
+
+    def _check_defaults(self) -> None:
+        """Hold the defaults, and the choices, to the rules that a URL's values are held to."""
+        for parameter in self.parameters.values():
+            offered = parameter.choices + ([] if parameter.default is None else [parameter.default])
+            for value in offered:
+                problem = parameter.problem(value, self.is_shell or self._starts_argument(parameter))
+                if problem:
+                    raise ConfigError(f"default or choice of parameter {parameter.name!r} {problem}: {value!r}")
+
+    def _starts_argument(self, parameter: Parameter) -> bool:
+        return any(argument[0] == parameter for argument in self._arguments if argument)
+
+    @property
+    def is_shell(self) -> bool:
+        """Whether the command is a script for /bin/sh."""
+        return self.command.lstrip().startswith("!")
+
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether the output is text that a note of the server's own may follow."""
+        return self.type.partition(";")[0].strip().lower() == "text/plain"
+
+    @property
+    def program(self) -> str:
+        """The program that is started, as written."""
+        return str(self._arguments[0][0])
+
+    def bind(self, name: str, values: Mapping[str, str]) -> Launch:
+        """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text."""
+        bound: dict[str, str] = {}
+        for parameter in self.parameters.values():
+            value = values.get(parameter.name, parameter.default)
+            if value is None:
+                raise Error(f"parameter {parameter.name!r} of {name!r} is required: add ?{parameter.name}=...")
+            bound[parameter.name] = value
+            self._check_value(name, parameter, value, self.is_shell)
+        argv = []
+        for argument in self._arguments:
+            text = ""
+            for part in argument:
+                if isinstance(part, Parameter):
+                    self._check_value(name, part, bound[part.name], not text)
+                text += bound[part.name] if isinstance(part, Parameter) else part
+            argv.append(text)
+        env = {key: value for key, value in os.environ.items() if not _HIDDEN_ENVIRONMENT.fullmatch(key)}
+        env.update(self.env, PYTHONUNBUFFERED="1")
+        if self.is_shell:
+            env.update({f"arg_{key}": value for key, value in bound.items()})
+        return Launch(argv, env, self.cwd, self.stderr)
+
+    def _check_value(self, name: str, parameter: Parameter, value: str, starts_argument: bool) -> None:
+        problem = parameter.problem(value, starts_argument)
+        if problem:
+            raise Error(f"parameter {parameter.name!r} of {name!r} {problem}: {value[:200]!r}")
+
+
+_OPTIONS: Mapping[str, Callable[[str], object]] = {
+    "command": str,
+    "about": str,
+    "method": str,
+    "timeout": float,
+    "max": int,
+    "stderr": str,
+    "cwd": str,
+    "env": lambda text: dict(line.strip().partition("=")[::2] for line in text.splitlines() if line.strip()),
+    "type": str,
+}
+
+
+def _make_command(name: str, options: Mapping[str, str]) -> Command:
+    """A command from its options as text; an error names the command and the place."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"a command's name is letters, digits, '.', '_' and '-' (NAME=COMMAND LINE): {name!r}")
+    values: dict[str, object] = {}
+    for key, text in options.items():
+        if key not in _OPTIONS:
+            raise ConfigError(f"command {name!r}: unknown option {key!r}; known are {', '.join(_OPTIONS)}")
+        try:
+            values[key] = _OPTIONS[key](text)
+        except ValueError:
+            raise ConfigError(f"command {name!r}: {key} must be a number: {text!r}") from None
+    if "command" not in values:
+        raise ConfigError(f"command {name!r}: 'command = ...' is missing")
+    try:
+        return Command(**values)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(f"command {name!r}: {error}") from None
+
+
+def _parse_command_argument(text: str) -> tuple[str, Command]:
+    """The name and command of `[METHOD:]NAME=COMMAND LINE`, or of a bare command line."""
+    match = re.match(rf"(?:([A-Za-z]+):)?({_NAME.pattern})=", text)
+    if match:
+        options = {"command": text[match.end() :]}
+        if match[1]:
+            options["method"] = match[1]
+        return match[2], _make_command(match[2], options)
+    program = text.lstrip().lstrip("!").split(maxsplit=1)[:1]
+    name = os.path.basename(program[0]) if program else ""
+    return name, _make_command(name, {"command": text})
+
+
+def _read_config(path: str) -> Iterator[tuple[str, Command]]:
+    """The commands of a file, in its order (configparser, without interpolation)."""
+    import configparser
+
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path!r}: {error.strerror}") from None
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    for name in parser.sections():
+        try:
+            yield name, _make_command(name, dict(parser[name]))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+def _collect(commands: Iterator[tuple[str, Command]]) -> dict[str, Command]:
+    """Commands by name. A name that comes twice is a mistake."""
+    collected: dict[str, Command] = {}
+    for name, command in commands:
+        if name in collected:
+            raise ConfigError(f"command {name!r} is given twice: give one of them another name (NAME=COMMAND LINE)")
+        collected[name] = command
+    return collected
+
+
+# The read-only diagnostics that are served when no command is given: a name, what it shows, and ways to show it.
+# The first way is taken whose program is found and whose absolute paths exist, so that Linux, macOS, busybox
+# and a container with hardly anything in it each get what they have.
+_DIAGNOSTICS: Sequence[tuple[str, str, Sequence[str]]] = (
+    ("uptime", "How long the machine is up, and its load", ["uptime", "cat /proc/uptime /proc/loadavg"]),
+    ("load", "Load averages, once a second (live)", ["{python} -u -S -c {load}"]),
+    ("system", "Kernel and architecture", ["uname -a"]),
+    ("release", "Operating system release", ["cat /etc/os-release", "sw_vers"]),
+    ("cpu", "Processors", ["lscpu", "sysctl hw.ncpu machdep.cpu.brand_string", "cat /proc/cpuinfo"]),
+    ("memory", "Memory in use", ["free -m", "vm_stat", "cat /proc/meminfo"]),
+    ("disk", "Space on file systems", ["df -h"]),
+    ("inodes", "Inodes on file systems", ["df -i"]),
+    ("mounts", "What is mounted where", ["cat /proc/mounts", "mount"]),
+    (
+        "processes",
+        "All processes",
+        ["ps aux", "!for p in /proc/[0-9]*; do echo ${p#/*/} $(tr '\\0' ' ' <$p/cmdline); done"],
+    ),
+    ("top", "The busiest processes, every two seconds (live)", ["top -b -d 2", "top -l 0 -s 2 -n 20"]),
+    ("vmstat", "Processor, memory and paging, once a second (live)", ["vmstat 1", "vm_stat 1"]),
+    ("iostat", "Disk activity, every two seconds (live)", ["iostat 2", "iostat -w 2"]),
+    ("journal", "The system journal (live)", ["journalctl -n {lines:int=50} -f", "log stream --style compact"]),
+    (
+        "syslog",
+        "The system log (live)",
+        [f"tail -n {{lines:int=50}} -F /var/log/{file}" for file in ("syslog", "messages", "system.log")],
+    ),
+    ("dmesg", "Kernel messages", ["dmesg"]),
+    ("services", "Running services", ["systemctl list-units --type=service --state=running --no-pager"]),
+    ("failed", "Failed units", ["systemctl list-units --failed --no-pager"]),
+    ("users", "Who is logged in", ["who"]),
+    ("addresses", "Network interfaces and addresses", ["ip address", "ifconfig -a", "cat /proc/net/dev"]),
+    ("routes", "Routing table", ["ip route", "netstat -rn", "cat /proc/net/route"]),
+    ("sockets", "Listening and open sockets", ["ss -tunap", "netstat -an", "cat /proc/net/tcp /proc/net/tcp6"]),
+    ("ping", "Reach a host (live)", ["ping -c {count:int=5} {host}"]),
+    ("lookup", "Look a name up", ["getent ahosts {name}", "dscacheutil -q host -a name {name}", "nslookup {name}"]),
+)
+_LOAD = 'import os,time\nwhile 1: print(time.strftime("%T"), *("%.2f" % x for x in os.getloadavg())); time.sleep(1)'
+
+
+def _diagnostics() -> Iterator[tuple[str, Command]]:
+    """The built-in commands that this machine can run."""
+    for name, about, ways in _DIAGNOSTICS:
+        for way in ways:
+            line = way.replace("{python}", shlex.quote(sys.executable)).replace("{load}", shlex.quote(_LOAD))
+            command = Command(line, about)
+            paths = re.findall(r"(?<= )/[^ ]+", line) if not command.is_shell else ["/proc/self"]
+            if shutil.which(command.program) and all(os.path.exists(path) for path in paths):
+                yield name, command
+                break
+
+
+# ---------------------------------------------------------------------------------------------
+# requests: bytes to a request, strictly (RFC 9112), because a process is started on their strength. Pure
+
+# Room for a URL of 8000 octets (RFC 9112 section 3) with any method; and for the headers that browsers, proxies
+# and cookies of other services on the same host add up to. Past these a client is broken or hostile.
+_LINE_BYTES = 16 * 1024
+_HEAD_BYTES = 64 * 1024
+_HEADER_COUNT = 100
+_FORM_BYTES = 64 * 1024
+
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
+_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
+_STRAY_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
+_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
+_SINGLE_HEADERS = frozenset({"host", "content-length", "content-type", "origin", "authorization", "expect"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request as it was read: `path` is decoded, `query` is not, header names are in lower case."""
+
+    method: str
+    path: str
+    query: str
+    authority: str
+    headers: Mapping[str, str]
+    is_http_1_0: bool = False
+
+    @property
+    def host(self) -> str:
+        """The host of the authority, without its port, in lower case."""
+        return re.sub(r":[0-9]*$", "", self.authority).lower()
+
+    @property
+    def body_bytes(self) -> int:
+        """The length of the body."""
+        return int(self.headers.get("content-length", "0"))
+
+    @property
+    def wants_close(self) -> bool:
+        """Whether the client asked for the connection to end with the answer (RFC 9112 section 9.6)."""
+        tokens = self.headers.get("connection", "").lower().split(",")
+        return self.is_http_1_0 or "close" in (token.strip(" \t") for token in tokens)
+
+    def names_type(self, media_type: str) -> bool:
+        """Whether Accept names a media type itself, and not only by a wildcard (RFC 9110 section 12.5.1)."""
+        for item in self.headers.get("accept", "").lower().split(","):
+            name, *options = (part.strip(" \t") for part in item.split(";"))
+            if name == media_type:
+                return not any(re.fullmatch(r"q=0(\.0*)?", option) for option in options)
+        return False
+
+
+def _find_head(inbox: bytearray) -> int:
+    """Where the head ends, with its empty line; 0 while more must come. Raises Error for what can be no head."""
+    end = inbox.find(b"\r\n\r\n") + 4
+    head = inbox[: end - 2] if end > 3 else inbox
+    if _STRAY_LINE_END.search(head):
+        raise Error("lines of a request end in CRLF")
+    if b"\r\n" not in head[:_LINE_BYTES] and len(head) >= _LINE_BYTES:
+        raise Error(f"the request line is longer than {_LINE_BYTES} bytes: shorten the URL", 414)
+    if len(head) > _HEAD_BYTES:
+        raise Error(f"the request's head is longer than {_HEAD_BYTES} bytes: send fewer or shorter headers", 431)
+    return end if end > 3 else 0
+
+
+def _parse_head(head: bytes) -> Request:
+    """Read a head, empty line included. Raises Error: nothing that is unclear is guessed at."""
+    first, *lines = head.split(b"\r\n")[:-2]
+    match = _REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise Error("the request line must be METHOD, URL and HTTP/1.1, with one space between")
+    method, target, major, minor = (part.decode("ascii") for part in match.groups())
+    if major != "1":
+        raise Error("this server speaks HTTP/1.1", 505)
+    headers = _parse_headers(lines)
+    authority, path, query = _parse_target(method, target)
+    host = headers.get("host")
+    if host is None or not _AUTHORITY.fullmatch(host):
+        raise Error("the request needs one Host header that names a host")
+    return Request(method, path, query, authority or host, headers, is_http_1_0=minor == "0")
+
+
+def _parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
+    """Header lines by lower-case name; repeated ones are joined as lists (RFC 9110 section 5.3)."""
+    if len(lines) > _HEADER_COUNT:
+        raise Error(f"the request has more than {_HEADER_COUNT} headers", 431)
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = _HEADER_LINE.fullmatch(line)
+        if not match:
+            raise Error("a header line must be a name, a colon and a value")
+        name, value = match[1].decode("ascii").lower(), match[2].decode("latin-1").rstrip(" \t")
+        if name in headers and name in _SINGLE_HEADERS:
+            raise Error(f"the header {name} may be sent once only")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if "transfer-encoding" in headers:
+        status = 400 if "content-length" in headers else 411
+        raise Error("a chunked body is not taken: send it with a Content-Length alone", status)
+    if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "0")):
+        raise Error("Content-Length must be a number")
+    return headers
+
+
+def _parse_target(method: str, target: str) -> tuple[str, str, str]:
+    """The authority (empty but in absolute form), decoded path and raw query of a request target."""
+    authority = ""
+    if target == "*" and method == "OPTIONS":
+        return "", "*", ""
+    absolute = re.match(r"http://([^/?]+)(?=[/?]|$)", target, re.IGNORECASE)
+    if absolute:
+        authority, target = absolute[1], target[absolute.end() :] or "/"
+        if not _AUTHORITY.fullmatch(authority):
+            raise Error("the URL's host is malformed")
+    if not target.startswith("/") or "#" in target:
+        raise Error("the URL must be a path that begins with '/'")
+    path, _, query = target.partition("?")
+    return authority, _unquote(path), query
+
+
+def _unquote(text: str) -> str:
+    """Percent-decode once, strictly (RFC 3986 section 2.1)."""
+    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise Error("a '%' in the URL must be followed by two hexadecimal digits")
+    try:
+        return urllib.parse.unquote_to_bytes(text).decode("utf-8")
+    except UnicodeDecodeError:
+        raise Error("the URL must be UTF-8, percent-encoded") from None
+
+
+def _parse_query(query: str) -> Iterator[tuple[str, str]]:
+    """The fields of a query or a form (application/x-www-form-urlencoded), blank ones included."""
+    for field in query.split("&"):
+        if field:
+            key, _, value = field.replace("+", " ").partition("=")
+            yield _unquote(key), _unquote(value)
+
+
+# ---------------------------------------------------------------------------------------------
+# formats: how output is written for a client. Pure: (stream, bytes) to bytes, and at the end an outcome to bytes
+
+
+class Outcome(NamedTuple):
+    """How a run ended: `reason` is why the server ended it, and empty when it ended by itself."""
+
+    exit_code: int
+    reason: str
+    seconds: float
+
+
+class Text:
+    """Output as it is. `notes` says when a line of the server's own follows: never, cut (if cut) or always."""
+
+    def __init__(self, notes: str) -> None:
+        self._notes = notes
+        self._at_line_start = True
+
+    def feed(self, stream: str, data: bytes) -> bytes:
+        """Output of the run, as the client gets it."""
+        self._at_line_start = data.endswith(b"\n")
+        return data
+
+    def end(self, outcome: Outcome) -> bytes:
+        """What follows the output."""
+        if self._notes == "never" or (self._notes == "cut" and not outcome.reason):
+            return b""
+        said = f"stopped: {outcome.reason}" if outcome.reason else f"exit {outcome.exit_code}"
+        line_end = "" if self._at_line_start else "\n"
+        return f"{line_end}[{said}, {outcome.seconds:.1f} s]\n".encode()
+
+
+# ---------------------------------------------------------------------------------------------
+# runs: a process group, its pipes, and the one place that ends both
+
+# A read starts at a page or few, so that an idle stream costs nothing, and grows with the flow: fewer wake-ups of
+# either side for each byte. Past this size nothing is gained (the block no longer fits the processor's cache).
+_BLOCK_MIN_BYTES = 16 * 1024
+_BLOCK_MAX_BYTES = 256 * 1024
+_SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", 1031 if sys.platform == "linux" else None)
+
+# How long a process may take to be gone after SIGKILL (it can be stuck in the kernel, on a dead network disk)
+# before its run is given up, and how often a group whose leader has gone is looked at: nothing tells of that by event.
+_ABANDON_SECONDS = 2.0
+_GROUP_CHECK_SECONDS = 0.02
+
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
+
+
+def _poll(watched: Mapping[int, int], deadline: float = math.inf) -> dict[int, int]:
+    """Wait until a descriptor is ready or time.monotonic() passes the deadline (poll(2): descriptor to events)."""
+    poller = select.poll()
+    for descriptor, events in watched.items():
+        poller.register(descriptor, events)
+    seconds = deadline - time.monotonic()
+    return dict(poller.poll(None if seconds == math.inf else max(0, math.ceil(seconds * 1000))))
+
+
+def _spawn(launch: Launch) -> tuple[subprocess.Popen[bytes], dict[int, str]]:
+    """Start a process in a session of its own; return it and the descriptors of its outputs, by stream.
+
+    Raises Error: 500 if it cannot be started, 503 if it cannot be for now.
+    """
+    outputs: dict[int, str] = {}
+    writers: list[int] = []
+    try:
+        for stream in ("stdout", "stderr") if launch.stderr == "separate" else ("stdout",):
+            reader, writer = os.pipe()
+            outputs[reader] = stream
+            writers.append(writer)
+            os.set_blocking(reader, False)
+        process = subprocess.Popen(
+            launch.argv,
+            stdin=subprocess.DEVNULL,
+            stdout=writers[0],
+            stderr=subprocess.DEVNULL if launch.stderr == "discard" else writers[-1],
+            cwd=launch.cwd,
+            env=launch.env,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        for reader in outputs:
+            os.close(reader)
+        raise _start_error(launch, error) from None
+    finally:
+        for writer in writers:
+            os.close(writer)
+    return process, outputs
+
+
+def _start_error(launch: Launch, error: Exception) -> Error:
+    if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        return _shortage(error)
+    where = f" in {launch.cwd!r}" if launch.cwd is not None else ""
+    why = error.strerror if isinstance(error, OSError) else error  # a ValueError: the locale cannot encode a value
+    return Error(f"cannot start {launch.argv[0]!r}{where}: {why}", 500)
+
+
+def _shortage(error: OSError) -> Error:
+    return Error(f"the machine is short of resources ({error.strerror}): try again later", 503, {"Retry-After": "1"})
+
+
+def _watch_exit(pid: int) -> int:
+    """A descriptor that turns readable when a child exits, and leaves the child to be reaped."""
+    if hasattr(select, "kqueue"):  # macOS and the BSDs, kqueue(2): a queue can itself be polled
+        return _watch_exit_by_kqueue(pid)
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError) as error:  # pidfd_open(2) is of Linux 5.3, and may be filtered in a container
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+            raise
+        return _watch_exit_by_thread(pid)
+
+
+def _watch_exit_by_kqueue(pid: int) -> int:  # pragma: no cover (not on Linux)
+    with contextlib.closing(select.kqueue()) as queue:  # type: ignore[attr-defined,unused-ignore]
+        event = select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)  # type: ignore[attr-defined,unused-ignore]
+        try:
+            queue.control([event], 0, 0)
+        except ProcessLookupError:  # it has exited already
+            return os.open(os.devnull, os.O_RDONLY)
+        return os.dup(queue.fileno())
+
+
+def _watch_exit_by_thread(pid: int) -> int:
+    reader, writer = os.pipe()
+
+    def wait() -> None:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        os.close(writer)
+
+    try:
+        threading.Thread(target=wait, name=f"streamlog-exit-{pid}", daemon=True).start()
+    except RuntimeError:
+        os.close(reader)
+        os.close(writer)
+        raise OSError(errno.EAGAIN, "cannot start a thread") from None
+    return reader
+
+
+_Release = Callable[[], None]
+
+
+class Run:
+    """One execution of a command: from its start until its whole process group is gone.
+
+    The thread that starts a run owns it: it alone waits, reads and closes. Any thread may stop or kill it.
+    The lock guards the group's number: no signal is sent while another thread reaps.
+
+    That number is the leader's pid. The group is signalled before its leader is reaped, because until then nobody
+    else can be given the number; and it stays taken for as long as anyone is left in the group (fork(3p)).
+    """
+
+    def __init__(self, launch: Launch, settings: Settings, timeout: Optional[float], release: _Release) -> None:
+        self._settings = settings
+        self._process, self.outputs = _spawn(launch)
+        self._release: Optional[_Release] = release  # gives the slot back; None once it has been
+        self._lock = threading.RLock()  # re-entrant: a signal handler may kill what its own thread is stopping
+        self._owed: dict[int, int] = {}
+        self._block = _BLOCK_MIN_BYTES
+        self.started = time.monotonic()
+        self.seconds = 0.0
+        self.reason = ""
+        self.exit_code: Optional[int] = None
+        self._is_terminated = False
+        self._timeout_at = self.started + (timeout or math.inf)
+        self._kill_at = self._drain_at = self._abandon_at = self._check_at = math.inf
+        if settings.child_nofile and hasattr(resource, "prlimit"):
+            with contextlib.suppress(OSError):  # it may have ended already
+                resource.prlimit(self.pid, resource.RLIMIT_NOFILE, settings.child_nofile)
+        try:
+            self._exit_watch: Optional[int] = _watch_exit(self.pid)
+        except OSError as error:
+            self._undo_start()
+            raise _shortage(error) from None
+
+    def _undo_start(self) -> None:
+        self._exit_watch = self._release = None
+        self.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_ABANDON_SECONDS)
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """The number of the leader and of its group."""
+        return self._process.pid
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the leader has exited and no output is left to read. Others of its group may still be ending."""
+        return self.exit_code is not None and not self.outputs
+
+    @property
+    def outcome(self) -> Outcome:
+        """How a run that is over has ended."""
+        return Outcome(self.exit_code or 0, self.reason, self.seconds)
+
+    def wait(self, others: Mapping[int, int], is_paused: bool = False) -> dict[int, int]:
+        """Wait for output, for the end, for a moment when something is due, or for any other descriptor.
+
+        Returns the descriptors that are ready. A paused run is not watched for output: its pipe fills up, and
+        then the command waits.
+        """
+        self._do_what_is_due()
+        if self.is_over:
+            return {}
+        watched = dict(others)
+        if not is_paused:
+            watched.update(dict.fromkeys(self.outputs, select.POLLIN))
+        if self._exit_watch is not None:
+            watched[self._exit_watch] = select.POLLIN
+        ready = _poll(watched, self._deadline)
+        if self._exit_watch is not None and ready.pop(self._exit_watch, 0):
+            self._note_exit()
+        return ready
+
+    @property
+    def _deadline(self) -> float:
+        return min(self._timeout_at, self._kill_at, self._drain_at, self._abandon_at, self._check_at)
+
+    def _do_what_is_due(self) -> None:
+        now = time.monotonic()
+        if now >= self._timeout_at:
+            self.stop(f"timeout after {self._timeout_at - self.started:g} s")
+        if now >= self._kill_at:
+            self.kill()
+        if now >= self._drain_at:
+            self._end_drain()
+        if self._exit_watch is None and self.exit_code is None and (not self.outputs or self._drain_at == math.inf):
+            self._reap()
+        if now >= self._check_at:
+            self._check_group()
+        if now >= self._abandon_at:
+            self._abandon()
+
+    def read(self, descriptor: int) -> bytes:
+        """The next block of an output that is ready. Empty at its end, or when there was nothing after all."""
+        owed = self._owed.get(descriptor, _BLOCK_MAX_BYTES)
+        try:
+            data = os.read(descriptor, min(self._block, owed))
+        except BlockingIOError:
+            return b""
+        if descriptor in self._owed:
+            self._owed[descriptor] -= len(data)
+        if not data or len(data) == owed:
+            self._close_output(descriptor)
+        elif len(data) == self._block < _BLOCK_MAX_BYTES:
+            self._block *= 2
+            if _SET_PIPE_SIZE is not None:
+                with contextlib.suppress(OSError):  # the user's share of pipe memory may be spent
+                    fcntl.fcntl(descriptor, _SET_PIPE_SIZE, self._block)
+        elif len(data) < self._block // 4:
+            self._block = max(_BLOCK_MIN_BYTES, self._block // 2)
+        return data
+
+    def stop(self, reason: str) -> None:
+        """Ask the group to end: SIGTERM now, SIGKILL after the grace time. The first reason is the one that counts."""
+        with self._lock:
+            if not self.reason and self.exit_code is None:
+                self.reason = reason
+                self._timeout_at = math.inf
+                self._terminate()
+
+    def kill(self) -> None:
+        """End the group at once."""
+        self._kill_at = math.inf
+        self._abandon_at = time.monotonic() + _ABANDON_SECONDS
+        self._signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Stop the run if it goes on, wait until its group is gone, and free what it holds. May be called twice.
+
+        Takes the grace time at most, and the time to give up. Output that still comes is dropped, but not cut
+        off: a command that is cleaning up may print.
+        """
+        self.stop("closed")
+        while self._release is not None:
+            for descriptor in self.wait({}):
+                self.read(descriptor)
+            if self.is_over and self._release is not None:
+                _poll({}, self._deadline)
+        for descriptor in list(self.outputs):
+            self._close_output(descriptor)
+
+    def _terminate(self) -> None:
+        self._is_terminated = True
+        self._kill_at = time.monotonic() + self._settings.grace_seconds
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)  # a process that is stopped acts on SIGTERM only once it goes on
+
+    def _signal(self, number: int) -> None:
+        """Signal the group. It may be empty, and may hold processes that are another user's (kill(2))."""
+        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
+            if self._process.returncode is None or not self._is_number_reused():
+                os.killpg(self.pid, number)
+
+    def _is_number_reused(self) -> bool:
+        """Whether a stranger has the reaped leader's number, which says that the group was empty before."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
+
+    def _note_exit(self) -> None:
+        """The leader has exited. What is in the pipes, or comes in the drain time, still belongs to the answer."""
+        if self._exit_watch is not None:
+            os.close(self._exit_watch)
+            self._exit_watch = None
+        self._timeout_at = math.inf
+        self._drain_at = time.monotonic() + self._settings.drain_seconds
+
+    def _end_drain(self) -> None:
+        """Take what is in the pipes now for the rest: whoever else holds them open is not waited for.
+
+        A run that was stopped owes nothing more: its answer is cut, and a slow client may not keep its slot.
+        """
+        self._drain_at = math.inf
+        for descriptor in list(self.outputs):
+            self._owed[descriptor] = 0 if self.reason else _bytes_in_pipe(descriptor)
+            if not self._owed[descriptor]:
+                self._close_output(descriptor)
+
+    def _reap(self) -> None:
+        """Learn the exit code; whoever is left of the group is asked to end first, while its number is safe."""
+        with self._lock:
+            if not self._is_terminated:
+                self._terminate()
+            code = self._process.wait()
+            self.seconds = time.monotonic() - self.started
+            self.exit_code = code if code >= 0 else 128 - code
+        self._check_group()
+
+    def _check_group(self) -> None:
+        if self._is_group_empty():
+            self._finish()
+        else:
+            self._check_at = time.monotonic() + _GROUP_CHECK_SECONDS
+
+    def _is_group_empty(self) -> bool:
+        """Whether the group has gone; to be asked once its leader is reaped, who counts as long as he is not."""
+        with self._lock, contextlib.suppress(PermissionError):
+            try:
+                os.killpg(self.pid, 0)
+                # Orphans come to us where we are process 1, and then they are ours to reap.
+                while os.waitpid(-self.pid, os.WNOHANG)[0]:
+                    pass
+            except ProcessLookupError:
+                return True
+            except ChildProcessError:
+                pass
+        return self._is_number_reused()
+
+    def _abandon(self) -> None:
+        """Give up on a group that SIGKILL does not end: its members are stuck in the kernel, or not ours to kill."""
+        _log.warning("process group %d does not end: given up", self.pid)
+        if self.exit_code is None:
+            self._note_exit()
+            self.seconds = time.monotonic() - self.started
+            self.exit_code = 128 + signal.SIGKILL
+        for descriptor in list(self.outputs):
+            self._close_output(descriptor)
+        self._finish()
+
+    def _finish(self) -> None:
+        self._kill_at = self._drain_at = self._abandon_at = self._check_at = math.inf
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def _close_output(self, descriptor: int) -> None:
+        os.close(descriptor)
+        del self.outputs[descriptor]
+
+
+def _bytes_in_pipe(descriptor: int) -> int:
+    return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# access: who may. A request passes before anything is looked up or run on its behalf
+
+
+class Access:
+    """The rules for Host and Origin. `is_local` says whether only this machine can reach the server."""
+
+    def __init__(self, is_local: bool) -> None:
+        self._is_local = is_local
+        self._names = {"localhost"} if is_local else {"localhost", socket.gethostname().lower()}
+
+    def check(self, request: Request) -> None:
+        """Raise Error (403) for a request that names a foreign host, or that another site's page has made."""
+        if not self._is_known_host(request.host):
+            raise Error(
+                f"the host {request.host[:200]!r} is not this server's: use localhost or an address "
+                "(a name that somebody else controls could point here)",
+                403,
+            )
+        site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+        if site is not None:
+            is_own = site in ("same-origin", "none") or self._is_visit(request)
+        else:
+            is_own = origin is None or origin.lower() == f"http://{request.authority.lower()}"
+        if not is_own:
+            raise Error(f"a page of another site ({origin or site!r}) may not use this server: open it by itself", 403)
+
+    def _is_known_host(self, host: str) -> bool:
+        """Whether a Host may be this server. A name of a stranger's could be pointed here (DNS rebinding)."""
+        name = host.rstrip(".")
+        if name in self._names or name.endswith(".localhost"):
+            return True
+        try:
+            address = ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return False
+        return address.is_loopback or not self._is_local
+
+    @staticmethod
+    def _is_visit(request: Request) -> bool:
+        """Whether somebody followed a link to the index page, which runs nothing."""
+        return request.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"
+
+
+# ---------------------------------------------------------------------------------------------
+# site: a request to a reply. Knows nothing of sockets
+
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_SERVER_OPTIONS = ("footer",)
+
+
+class Reply(NamedTuple):
+    """An answer: a whole body, or a run whose output is the body, and the format that writes it."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = b""
+    run: Optional[Run] = None
+    format: Optional[Text] = None
+
+
+def _text_reply(text: str, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
+    return Reply(status, {"Content-Type": _PLAIN_TEXT, **headers}, text.encode())
+
+
+def _curl_line(url: str, name: str, command: Command) -> str:
+    """A line for a shell that runs the command, with every parameter to be seen and changed."""
+    query = urllib.parse.urlencode(
+        {
+            parameter.name: (parameter.choices or [parameter.name.upper()])[0]
+            if parameter.default is None
+            else parameter.default
+            for parameter in command.parameters.values()
+        },
+        safe="/:,@",
+    )
+    words = ["curl", "-N"]
+    if command.method == "POST":
+        words += ["-d", query] if query else ["-X", "POST"]
+        query = ""
+    return shlex.join([*words, f"{url}/{name}" + (f"?{query}" if query else "")])
+
+
+class Site:
+    """The commands behind their URLs, and the slots that bound how many of them run at a time."""
+
+    def __init__(self, commands: Mapping[str, Command], settings: Settings, is_local: bool) -> None:
+        self._commands = dict(commands)
+        self._settings = settings
+        self._access = Access(is_local)
+        self._lock = threading.Lock()  # guards the slots
+        self._runs: Counter[str] = Counter()
+
+    def answer(self, request: Request, read_body: Callable[[int], bytes]) -> Reply:
+        """Answer a request. Raises Error for what is refused; nothing has been run then.
+
+        read_body(limit) gives the request's body, read only once all else has been found right; a longer one
+        than the limit is an Error.
+        """
+        self._access.check(request)
+        command = self._commands.get(request.path[1:])
+        if command is None and request.path not in ("*", "/", "/-/healthy"):
+            names = ", ".join(self._commands) or "(none)"
+            raise Error(f"there is nothing at {request.path[:200]!r}; the commands are: {names}", 404)
+        methods = ("OPTIONS", "POST") if command and command.method == "POST" else _SAFE_METHODS
+        if request.method not in methods:
+            allow = ", ".join(methods)
+            raise Error(f"{request.path} takes {allow}, not {request.method[:200]}", 405, {"Allow": allow})
+        if request.headers.get("expect", "100-continue").lower() != "100-continue":
+            raise Error("the only expectation that can be met is 100-continue", 417)
+        if request.body_bytes and request.method != "POST":
+            raise Error(f"a {request.method} request takes no body: put parameters into the URL's query")
+        if request.method == "OPTIONS":
+            return Reply(204, {"Allow": ", ".join(methods)})
+        if command is not None:
+            return self._run(request.path[1:], command, request, read_body)
+        return _text_reply("ok") if request.path == "/-/healthy" else self._index(request)
+
+    def _run(self, name: str, command: Command, request: Request, read_body: Callable[[int], bytes]) -> Reply:
+        fields = list(_parse_query(request.query))
+        if request.body_bytes:
+            fields += _parse_form(request, read_body)
+        values, options = self._sort_fields(name, command, fields)
+        launch = command.bind(name, values)
+        format_ = Text(self._notes(command, request, options))
+        headers = {"Content-Type": command.type, "Vary": "Accept"}
+        if request.method == "HEAD":
+            return Reply(200, headers)
+        timeout = command.timeout or self._settings.timeout_seconds
+        self._take_slot(name, command)
+        try:
+            run = Run(launch, self._settings, timeout, lambda: self._free_slot(name))
+        except BaseException:
+            self._free_slot(name)
+            raise
+        _log.debug("started %s as %d: %s", name, run.pid, shlex.join(launch.argv))
+        return Reply(200, headers, run=run, format=format_)
+
+    @staticmethod
+    def _sort_fields(
+        name: str, command: Command, fields: Sequence[tuple[str, str]]
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Part the fields of a request into the command's parameters and the server's own options."""
+        values: dict[str, str] = {}
+        options: dict[str, str] = {}
+        for key, value in fields:
+            target = values if key in command.parameters else options
+            if key in target:
+                raise Error(f"parameter {key[:200]!r} of {name!r} is given twice")
+            if target is options and key not in _SERVER_OPTIONS:
+                known = ", ".join([*command.parameters, *_SERVER_OPTIONS])
+                raise Error(f"{name!r} has no parameter {key[:200]!r}; known are: {known}")
+            target[key] = value
+        return values, options
+
+    @staticmethod
+    def _notes(command: Command, request: Request, options: Mapping[str, str]) -> str:
+        """When a line of the server's own follows the output: a person wants to see the end, a program does not."""
+        footer = options.get("footer", "1" if request.names_type("text/html") else "")
+        if footer not in ("", "0", "1"):
+            raise Error(f"parameter 'footer' must be 0 or 1: {footer[:200]!r}")
+        return {"": "cut", "0": "never", "1": "always"}[footer] if command.is_plain_text else "never"
+
+    def _take_slot(self, name: str, command: Command) -> None:
+        with self._lock:
+            if sum(self._runs.values()) >= self._settings.max_runs:
+                raise _busy(f"{self._settings.max_runs} commands are running")
+            if command.max is not None and self._runs[name] >= command.max:
+                raise _busy(f"{name!r} is running {command.max} times")
+            self._runs[name] += 1
+
+    def _free_slot(self, name: str) -> None:
+        with self._lock:
+            self._runs[name] -= 1
+
+    def _index(self, request: Request) -> Reply:
+        url = f"http://{request.authority}"
+        headers = {"Vary": "Accept"}
+        if request.names_type("text/html"):
+            headers["Content-Type"] = "text/html; charset=utf-8"
+            headers["Content-Security-Policy"] = _PAGE_POLICY
+            return Reply(200, headers, _index_page(url, self._commands).encode())
+        if request.names_type("application/json"):
+            headers["Content-Type"] = "application/json"
+            return Reply(200, headers, _index_json(url, self._commands).encode())
+        return _text_reply(_index_text(url, self._commands), headers=headers)
+
+
+def _busy(what: str) -> Error:
+    return Error(f"{what}, and no more may: try again when one has ended", 503, {"Retry-After": "1"})
+
+
+def _parse_form(request: Request, read_body: Callable[[int], bytes]) -> Iterator[tuple[str, str]]:
+    type_ = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if type_ != "application/x-www-form-urlencoded":
+        raise Error("the body must be a form (application/x-www-form-urlencoded), as curl -d sends it", 415)
+    try:
+        return _parse_query(read_body(_FORM_BYTES).decode("utf-8"))
+    except UnicodeDecodeError:
+        raise Error("the form must be UTF-8") from None
+
+
+def _index_text(url: str, commands: Mapping[str, Command]) -> str:
+    """The commands as lines for a shell, each under its description."""
+    lines = [f"# streamlog {__version__} on {socket.gethostname()}: each line runs a command\n"]
+    for name, command in commands.items():
+        lines.append(f"# {command.about or command.command}\n{_curl_line(url, name, command)}\n")
+    return "\n".join(lines)
+
+
+def _index_json(url: str, commands: Mapping[str, Command]) -> str:
+    """The commands as {"commands": [{name, about, method, url, command, parameters: [{name, type, ...}]}]}."""
+    import json
+
+    described = [
+        {
+            "name": name,
+            "about": command.about,
+            "method": command.method,
+            "url": f"{url}/{name}",
+            "command": command.command,
+            "parameters": [
+                {
+                    "name": parameter.name,
+                    "type": parameter.type,
+                    "choices": parameter.choices,
+                    "default": parameter.default,
+                    "required": parameter.default is None,
+                }
+                for parameter in command.parameters.values()
+            ],
+        }
+        for name, command in commands.items()
+    ]
+    return json.dumps({"commands": described}, indent=1) + "\n"
+
+
+_STYLE = """
+:root { color-scheme: light dark }
+body { font: 1rem/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 50rem; padding: 0 1rem }
+section { border-top: 1px solid #8888; padding: .5rem 0 }
+h2 { font-size: 1.1rem; margin: .5rem 0 0 }
+p, form { margin: .25rem 0 }
+code { font-size: .85rem; overflow-wrap: anywhere }
+label { margin-right: 1rem }
+input, select, button { font: inherit }
+"""
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'self'"
+
+
+def _index_page(url: str, commands: Mapping[str, Command]) -> str:
+    """The commands as a page: a form for each, without a script."""
+    from html import escape
+
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8"><title>streamlog</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
+        f"<style>{_STYLE}</style></head><body><main>",
+        f"<h1>streamlog on {escape(socket.gethostname())}</h1>",
+    ]
+    for name, command in commands.items():
+        fields = [_form_field(parameter) for parameter in command.parameters.values()]
+        parts += [
+            f"<section><h2>{escape(name)}</h2><p>{escape(command.about)}</p>",
+            f'<form action="/{escape(name)}" method="{command.method.lower()}">{"".join(fields)}',
+            f'<button aria-label="Run {escape(name)}">Run</button></form>',
+            f"<p><code>{escape(_curl_line(url, name, command))}</code></p></section>",
+        ]
+    return "\n".join([*parts, "</main></body></html>\n"])
+
+
+def _form_field(parameter: Parameter) -> str:
+    from html import escape
+
+    name = escape(parameter.name)
+    required = " required" if parameter.default is None and parameter.type != "text" else ""
+    if parameter.choices:
+        options = [
+            f"<option{' selected' if choice == parameter.default else ''}>{escape(choice)}</option>"
+            for choice in parameter.choices
+        ]
+        return f'<label>{name} <select name="{name}"{required}>{"".join(options)}</select></label>'
+    value = escape(parameter.default or "")
+    return f'<label>{name} <input name="{name}" value="{value}"{required}></label>'
+
+
+# ---------------------------------------------------------------------------------------------
+# server: sockets. The listener, a thread for each connection, and the pump that moves output to a client
+
+_RECEIVE_BYTES = 64 * 1024
+# Time for a client to read an answer that ends in a close, while it may still be sending (RFC 9112 section 9.6).
+_LINGER_SECONDS = 2.0
+# Time for what is left of a cut answer to reach the client: short, for a shutdown waits for it.
+_CUT_SECONDS = 0.5
+_BODY_SECONDS = 30.0
+_REPLY_SECONDS = 30.0
+# More threads than this are of no use on one machine; and a descriptor limit above it is not asked for.
+_DESCRIPTORS_MAX = 65536
+_POLLRDHUP = getattr(select, "POLLRDHUP", 0)
+_COMMON_HEADERS = (
+    ("Server", "streamlog"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "SAMEORIGIN"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-cache, no-store"),
+)
+
+
+class _Client:
+    """The other end of a connection: its socket, what it has sent ahead, and what it has not taken yet.
+
+    The socket never blocks. That the client has gone shows as the end of what it sends, so it is read from all the
+    while, into `inbox`: readable is not the same as gone, as it may only have sent its next request.
+    """
+
+    def __init__(self, sock: socket.socket, address: object) -> None:
+        self.sock = sock
+        self.name = ":".join(map(str, address[:2])) if isinstance(address, tuple) else str(address)
+        self.inbox = bytearray()
+        self.outbox = memoryview(b"")
+        self.is_gone = False
+        self.is_evicted = False
+        self.idle_since: Optional[float] = time.monotonic()  # None while a request is being answered
+        self.run: Optional[Run] = None
+        sock.setblocking(False)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    @property
+    def events(self) -> int:
+        """What to poll the socket for. With a full inbox no more is read, and the end shows where the system tells."""
+        has_room = len(self.inbox) < _HEAD_BYTES
+        return (select.POLLIN if has_room else _POLLRDHUP) | (select.POLLOUT if self.outbox else 0)
+
+    def turn(self, events: int) -> None:
+        """Act on what poll has said of the socket."""
+        if events & select.POLLOUT:
+            self._flush()
+        if events & ~select.POLLOUT:
+            self._receive()
+
+    def send(self, data: bytes) -> None:
+        """Send what the socket takes; the rest waits in the outbox."""
+        self.outbox = memoryview(bytes(self.outbox) + data if self.outbox else data)
+        self._flush()
+
+    def settle(self, deadline: float, closing: int) -> None:
+        """Wait until the client has taken everything, or has gone, or the deadline is over.
+
+        Where there is no deadline, a server that is closing sets one.
+        """
+        while self.outbox and not self.is_gone and time.monotonic() < deadline:
+            watched = {self.fileno(): self.events}
+            if deadline == math.inf:
+                watched[closing] = select.POLLIN
+            ready = _poll(watched, deadline)
+            self.turn(ready.pop(self.fileno(), 0))
+            if ready:
+                deadline = time.monotonic() + _CUT_SECONDS
+
+    def _flush(self) -> None:
+        try:
+            while self.outbox:
+                self.outbox = self.outbox[self.sock.send(self.outbox) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._lose()
+
+    def _receive(self) -> None:
+        try:
+            data = self.sock.recv(_RECEIVE_BYTES) if len(self.inbox) < _HEAD_BYTES else b""
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self.inbox += data
+        if not data:
+            self._lose()
+
+    def _lose(self) -> None:
+        self.is_gone = True
+        self.outbox = memoryview(b"")
+
+    def close(self, is_reset: bool = False) -> None:
+        """Close the socket, by a reset if so asked (an HTTP/1.0 client takes any other end for a whole answer)."""
+        with contextlib.suppress(OSError):
+            if is_reset:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: request after request, in a thread of its own. Its `request` is a _Client."""
+
+    server: Server
+    request: _Client
+
+    def setup(self) -> None:
+        self._client = self.request
+        self._closing = self.server.closing
+        self._body_bytes = 0  # of the answer that is being sent
+        self._must_reset = False
+
+    def handle(self) -> None:
+        with contextlib.suppress(_ClientGone):
+            while self._serve_one():
+                self._client.idle_since = time.monotonic()
+
+    def finish(self) -> None:
+        """Let the client read the answer first: closing while it is still sending resets what it has not read."""
+        client = self._client
+        if self._must_reset:
+            client.close(is_reset=True)
+            return
+        with contextlib.suppress(OSError):
+            client.sock.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + _LINGER_SECONDS
+        with contextlib.suppress(_ClientGone):
+            while self._receive(deadline):
+                client.inbox.clear()
+
+    def _serve_one(self) -> bool:
+        """Read a request, answer and log it. Returns whether the connection may take another."""
+        request = None
+        first_line = b""
+        try:
+            head = self._read_head()
+            started = time.monotonic()
+            first_line = head.partition(b"\r\n")[0]
+            request = parsed = _parse_head(head)
+            reply = self.server.site.answer(request, lambda limit: self._read_body(parsed, limit))
+        except Error as error:
+            started = time.monotonic()
+            first_line = first_line or bytes(self._client.inbox).partition(b"\r\n")[0]
+            reply = _text_reply(f"{error}\n", error.status, error.headers)
+        self._body_bytes = 0
+        is_reusable = request is not None and not request.wants_close and not request.body_bytes
+        if reply.run is None or request is None:
+            exit_code, end = "-", self._send_whole(request, reply, is_reusable)
+        else:
+            outcome = self._send_run(request, reply, reply.run, is_reusable)
+            exit_code, end = str(outcome.exit_code), outcome.reason
+            is_reusable = is_reusable and not end
+        _log.info(
+            'client=%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
+            self._client.name,
+            _printable(first_line),
+            reply.status,
+            exit_code,
+            self._body_bytes,
+            time.monotonic() - started,
+            "client gone" if self._client.is_gone else end or "exit",
+        )
+        return is_reusable and not self._client.is_gone
+
+    def _receive(self, deadline: float) -> bool:
+        """Wait for more from the client; whether it came in time. Raises _ClientGone at its end, or the server's."""
+        client = self._client
+        ready = _poll({client.fileno(): select.POLLIN, self._closing: select.POLLIN}, deadline)
+        events = ready.pop(client.fileno(), 0)
+        client.turn(events)
+        if client.is_gone or ready:
+            raise _ClientGone
+        return bool(events)
+
+    def _read_head(self) -> bytes:
+        """The next head. A connection may be silent for the idle time; a head, once begun, must be whole in its own."""
+        client, settings = self._client, self.server.settings
+        deadline = time.monotonic() + settings.idle_seconds
+        is_begun = False
+        while True:
+            while client.inbox.startswith(b"\r\n"):  # some clients end a body so (RFC 9112 section 2.2)
+                del client.inbox[:2]
+            end = _find_head(client.inbox)
+            if end:
+                break
+            if client.inbox and not is_begun:
+                is_begun, deadline = True, min(deadline, time.monotonic() + settings.head_seconds)
+            if not self._receive(deadline):
+                if is_begun:
+                    raise Error(f"the request's head must arrive within {settings.head_seconds:g} s", 408)
+                raise _ClientGone
+        if not self.server.claim(client):
+            raise _ClientGone
+        head = bytes(client.inbox[:end])
+        del client.inbox[:end]
+        return head
+
+    def _read_body(self, request: Request, limit: int) -> bytes:
+        """The request's body, asked for if the client waits for that (RFC 9110 section 10.1.1)."""
+        client, size = self._client, request.body_bytes
+        if size > limit:
+            raise Error(f"the body may have {limit} bytes at most", 413)
+        if "expect" in request.headers and not request.is_http_1_0 and not client.inbox:
+            client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + _BODY_SECONDS
+        while len(client.inbox) < size:
+            if not self._receive(deadline):
+                raise Error(f"the request's body must arrive within {_BODY_SECONDS:g} s", 408)
+        body = bytes(client.inbox[:size])
+        del client.inbox[:size]
+        return body
+
+    def _send_whole(self, request: Optional[Request], reply: Reply, is_reusable: bool) -> str:
+        """Send an answer that is known beforehand."""
+        headers = dict(reply.headers)
+        is_head = request is not None and request.method == "HEAD"
+        if reply.status != 204 and not (is_head and reply.status == 200):
+            headers["Content-Length"] = str(len(reply.body))
+        body = b"" if is_head else reply.body
+        self._body_bytes = len(body)
+        self._client.send(_head_bytes(reply.status, headers, is_reusable) + body)
+        self._client.settle(time.monotonic() + _REPLY_SECONDS, self._closing)
+        return "answered"
+
+    def _send_run(self, request: Request, reply: Reply, run: Run, is_reusable: bool) -> Outcome:
+        """Send what a run puts out, as it comes, and then how it ended, in the way the client can tell."""
+        client, format_ = self._client, reply.format or Text("never")
+        client.run = run
+        is_chunked = not request.is_http_1_0
+        framing = {"X-Accel-Buffering": "no"}  # else nginx collects the output
+        if is_chunked:
+            framing.update({"Transfer-Encoding": "chunked", "Trailer": "Exit-Code"})
+        try:
+            client.send(_head_bytes(reply.status, {**reply.headers, **framing}, is_reusable))
+            self._pump(run, format_, is_chunked)
+            outcome = run.outcome
+            self._write(format_.end(outcome), is_chunked)
+            if outcome.reason:
+                # No final chunk: that is how the client tells a cut answer from a whole one (RFC 9112 section 8).
+                self._must_reset = not is_chunked
+            elif is_chunked:
+                client.send(b"0\r\nExit-Code: %d\r\n\r\n" % outcome.exit_code)
+            client.settle(time.monotonic() + _CUT_SECONDS if outcome.reason else math.inf, self._closing)
+        finally:
+            run.close()
+            client.run = None
+        return outcome
+
+    def _pump(self, run: Run, format_: Text, is_chunked: bool) -> None:
+        """Move output from the run to the client until the run is over.
+
+        Nothing is read while the client has not taken all of what was read before, so that no more than a block is
+        ever held here, and a slow client slows its own command and nothing else. A client that leaves ends the run,
+        also when the command is silent; what still comes then is dropped.
+        """
+        client, closing = self._client, self._closing
+        while not run.is_over:
+            watched = {} if client.is_gone else {client.fileno(): client.events}
+            if not run.reason:
+                watched[closing] = select.POLLIN
+            ready = run.wait(watched, is_paused=bool(client.outbox))
+            client.turn(ready.pop(client.fileno(), 0))
+            if client.is_gone:
+                run.stop("client gone")
+            if ready.pop(closing, 0):
+                run.stop("the server is shutting down")
+                if self.server.is_killing:
+                    run.kill()
+            for descriptor in ready:
+                stream = run.outputs[descriptor]
+                self._write(format_.feed(stream, run.read(descriptor)), is_chunked)
+
+    def _write(self, data: bytes, is_chunked: bool) -> None:
+        """Send a piece of the body, as one chunk in one send. An empty piece must not become one: that is the last."""
+        if data and not self._client.is_gone:
+            self._body_bytes += len(data)
+            self._client.send(b"%x\r\n%b\r\n" % (len(data), data) if is_chunked else data)
+
+
+def _head_bytes(status: int, headers: Mapping[str, str], is_reusable: bool) -> bytes:
+    """The head of an answer. Raises ValueError rather than let a value break out of its line."""
+    import email.utils
+
+    fields = [("Date", email.utils.formatdate(usegmt=True)), *_COMMON_HEADERS, *headers.items()]
+    if not is_reusable:
+        fields.append(("Connection", "close"))
+    lines = [f"{name}: {value}" for name, value in fields]
+    if any(not line.isprintable() for line in lines):
+        raise ValueError(f"a header holds a control character: {lines!r}")
+    return "\r\n".join([f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *lines, "\r\n"]).encode("latin-1")
+
+
+def _printable(text: bytes) -> str:
+    """A client's bytes for a log line: nothing in them can end the line, close the quotes or drive a terminal."""
+    return re.sub(rb"[^ !#-\[\]-~]", lambda match: b"\\x%02x" % match[0][0], text[:1000]).decode("ascii")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The commands, behind a listening socket. Binds at once: OSError or ConfigError where it may not.
+
+    commands: by name. settings: see Settings. `url` and `port` say where it listens. `serve_forever` serves until
+    `shutdown`; `start` does so in a thread. Close it with `close`, or use it as a context manager.
+    """
+
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(self, commands: Mapping[str, Command], settings: Settings = Settings()) -> None:
+        found = socket.getaddrinfo(settings.bind, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family, _, _, _, address = found[0]
+        is_local = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+        if not is_local and not settings.no_auth:
+            raise ConfigError(
+                f"others reach {settings.bind}, and could run every command: "
+                "bind 127.0.0.1 and come by ssh -L, or say --no-auth to allow it"
+            )
+        self.settings = settings
+        self.site = Site(commands, settings, is_local)
+        self.is_killing = False
+        self.stderr_guard: Optional[int] = None  # a descriptor whose reader's end is ours too
+        self._lock = threading.RLock()  # guards the clients; re-entrant for shutdown() in a signal handler
+        self._clients: dict[_Client, threading.Thread] = {}
+        self._thread: Optional[threading.Thread] = None
+        self._is_short = False
+        super().__init__((str(address[0]), int(address[1])), _Handler)
+        self.socket.setblocking(False)
+        # Every thread polls `closing` beside its own work: closing the writer wakes them all.
+        self.closing, writer = os.pipe()
+        self._closing_writer: Optional[int] = writer
+        # Half the descriptors are for clients, and half for the pipes of their runs.
+        self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
+
+    def server_bind(self) -> None:
+        """Bind, without the look-up of our own name that HTTPServer does: it can take half a minute."""
+        socketserver.TCPServer.server_bind(self)
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, also where port 0 was asked for."""
+        return int(self.server_address[1])
+
+    @property
+    def url(self) -> str:
+        """The address for a browser, without a slash at the end."""
+        host = str(self.server_address[0])
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether shutdown has been called."""
+        return self._closing_writer is None
+
+    def start(self) -> Server:
+        """Serve in a thread of its own, and return at once."""
+        self._thread = threading.Thread(target=self.serve_forever, name="streamlog-accept", daemon=True)
+        self._thread.start()
+        return self
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Accept connections until shutdown. (Woken by a descriptor, so that there is no interval to poll at.)"""
+        watched = {self.fileno(): select.POLLIN, self.closing: select.POLLIN}
+        if self.stderr_guard is not None:
+            watched[self.stderr_guard] = 0  # poll tells of a hang-up unasked
+        while True:
+            ready = _poll(watched)
+            if set(ready) - {self.fileno()}:
+                return
+            self._accept()
+
+    def _accept(self) -> None:
+        try:
+            sock, address = self.socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # no descriptor is left: make room, and do not spin on a listener that stays ready
+            self._warn_once(error)
+            self._evict()
+            _poll({self.closing: select.POLLIN}, time.monotonic() + 0.1)
+            return
+        self._is_short = False
+        with contextlib.suppress(OSError):  # it may have been reset already
+            _tune(sock, self.settings.keepalive_seconds)
+        client = _Client(sock, address)
+        if len(self._clients) >= self._client_max and not self._evict():
+            self._refuse(client)
+        else:
+            self.process_request(client, address)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a client in a thread. It is registered before that starts, or a close in between would miss it."""
+        arguments = (request, client_address)
+        thread = threading.Thread(target=self.process_request_thread, args=arguments, daemon=True, name="streamlog")
+        with self._lock:
+            self._clients[request] = thread
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._warn_once(error)
+            with self._lock:
+                del self._clients[request]
+            self._refuse(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a client, and whatever happens close its socket."""
+        try:
+            self.finish_request(request, client_address)
+        except Exception:
+            _log.exception("a bug: client=%s", request.name)
+        finally:
+            request.close()
+            with self._lock:
+                del self._clients[request]
+
+    def _warn_once(self, error: Exception) -> None:
+        """Log a shortage when it begins, and not at each connection that it costs."""
+        if not self._is_short:
+            self._is_short = True
+            _log.warning("cannot serve a new connection: %s", error)
+
+    def _refuse(self, client: _Client) -> None:
+        """Turn a client away. What it has sent is read first, for a close would reset the connection otherwise."""
+        client.turn(select.POLLIN)
+        headers = {"Content-Length": "0", "Retry-After": "1"}
+        client.send(_head_bytes(503, headers, is_reusable=False))
+        client.close()
+
+    def _evict(self) -> bool:
+        """Close the connection that has been longest without a request; whether there was one."""
+        with self._lock:
+            idle = [client for client in self._clients if client.idle_since is not None and not client.is_evicted]
+            if idle:
+                longest = min(idle, key=lambda client: client.idle_since or 0.0)
+                longest.is_evicted = True
+                with contextlib.suppress(OSError):
+                    longest.sock.shutdown(socket.SHUT_RDWR)  # which wakes its thread, and that closes it
+        return bool(idle)
+
+    def claim(self, client: _Client) -> bool:
+        """Mark a client as having a request; not if it was evicted just now, so that no request is half served."""
+        with self._lock:
+            client.idle_since = None
+            return not client.is_evicted
+
+    def shutdown(self) -> None:
+        """Begin to close: accept no more, stop every run. Returns at once; a signal handler may call it."""
+        with self._lock:
+            if self._closing_writer is not None:
+                writer, self._closing_writer = self._closing_writer, None
+                os.close(writer)
+
+    def kill(self) -> None:
+        """Begin to close without grace: every process group is killed."""
+        self.is_killing = True
+        self.shutdown()
+        with self._lock:
+            runs = [client.run for client in self._clients if client.run]
+        for run in runs:
+            run.stop("the server is shutting down")
+            run.kill()
+
+    def close(self) -> None:
+        """Shut down and wait, for the grace time and a second at most. May be called twice.
+
+        Steps: 1. accept no more; 2. each connection's thread stops its run, tells its client, and ends; 3. runs that
+        outlast their grace time are killed; 4. the listener and what woke the threads are closed.
+        """
+        self.shutdown()
+        if self._thread is not None:
+            self._thread.join()
+        self.server_close()
+        if not self._join(self.settings.grace_seconds + 0.5):
+            self.kill()
+            self._join(0.5)
+        with self._lock:
+            if not self._clients and self.closing >= 0:
+                os.close(self.closing)
+                self.closing = -1
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _join(self, seconds: float) -> bool:
+        """Wait for the threads of all clients; whether they have ended in time."""
+        deadline = time.monotonic() + seconds
+        with self._lock:
+            threads = list(self._clients.values())
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
+
+
+def _descriptor_limit(limit: int) -> int:
+    """A limit of RLIMIT_NOFILE as a number that can be counted on."""
+    return _DESCRIPTORS_MAX if limit == resource.RLIM_INFINITY else min(limit, _DESCRIPTORS_MAX)
+
+
+def _tune(sock: socket.socket, keepalive_seconds: int) -> None:
+    """Send small pieces at once, and ask a silent peer whether it is still there (tcp(7))."""
+    # Without TCP_NODELAY the end of an answer waits for the acknowledgement of its head, which comes 40 ms late.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", 0x10))  # the latter on macOS
+    sock.setsockopt(socket.IPPROTO_TCP, idle, keepalive_seconds)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, keepalive_seconds // 3))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
+# ---------------------------------------------------------------------------------------------
+# command line
+
+
+def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Read the command line. Raises ConfigError for what is wrong with it."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def format_help(self) -> str:
+            return __doc__ or ""
+
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"{message} (streamlog --help tells more)")
+
+    def number(kind: Callable[[str], float], low: float, high: float, what: str) -> Callable[[str], float]:
+        def read(text: str) -> float:
+            with contextlib.suppress(ValueError):
+                value = kind(text)
+                if low <= value <= high:
+                    return value
+            raise argparse.ArgumentTypeError(f"must be {what}: {text!r}")
+
+        return read
+
+    seconds = number(float, 0, 1e9, "a number of seconds")
+    parser = Parser(prog="streamlog", allow_abbrev=False)
+    parser.add_argument("commands", nargs="*")
+    parser.add_argument("-p", "--port", type=number(int, 0, 65535, "a port from 0 to 65535"), default=8000)
+    parser.add_argument("-b", "--bind", default="127.0.0.1")
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--timeout", type=seconds)
+    parser.add_argument("--grace", type=seconds, default=5.0)
+    parser.add_argument("--max-runs", type=number(int, 1, 1e6, "a whole number above 0"), default=64)
+    parser.add_argument("--no-auth", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    parser.add_argument("-q", "--quiet", action="store_true")
+    parser.add_argument("--version", action="version", version=f"streamlog {__version__}")
+    return parser.parse_intermixed_args(argv)
+
+
+def _load_commands(options: argparse.Namespace) -> dict[str, Command]:
+    """The commands of the file and of the command line; where there are none of either, this machine's diagnostics."""
+    from_file = _read_config(options.config) if options.config else iter(())
+    given = map(_parse_command_argument, options.commands)
+    return _collect(itertools.chain(from_file, given) if options.config or options.commands else _diagnostics())
+
+
+def _missing_program(command: Command) -> str:
+    """A warning for a program that is not there now; empty if it is."""
+    program = command.program
+    path = os.path.join(command.cwd or "", program) if "/" in program else program
+    found = shutil.which(path, path=command.env.get("PATH"))
+    return "" if found else f"program not found: {program!r}"
+
+
+_DEFAULTS = Command("true")
+
+
+def _describe(name: str, command: Command) -> str:
+    """A command as it was understood, for --check."""
+    lines = [f"{command.method:4} /{name}  {command.command}"]
+    if command.about:
+        lines.append(f"about: {command.about}")
+    for parameter in command.parameters.values():
+        default = "required" if parameter.default is None else f"default {parameter.default!r}"
+        lines.append(f"parameter {parameter.name}: {parameter.type}, {default}")
+    for option in ("timeout", "max", "stderr", "cwd", "env", "type"):
+        value = getattr(command, option)
+        if value and value != getattr(_DEFAULTS, option):
+            lines.append(f"{option}: {value}")
+    return "\n     ".join(lines)
+
+
+def _raise_descriptor_limit() -> Optional[tuple[int, int]]:
+    """Take as many descriptors as we may; return the old limits, for the commands, if they were others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _descriptor_limit(hard)
+    if _descriptor_limit(soft) >= wanted:
+        return None
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):  # macOS has a lower limit of its own
+        return None
+    return soft, hard
+
+
+def _configure_logging(options: argparse.Namespace) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+    _log.addHandler(handler)
+    _log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
+
+
+def _handle_signals(server: Server) -> None:
+    """The first signal shuts the server down, the second one kills.
+
+    To handle TERM and INT also resets them for the commands, which would inherit them as ignored otherwise.
+    """
+
+    def on_signal(_number: int, _frame: object) -> None:
+        if server.is_closing:
+            for number in numbers:
+                signal.signal(number, signal.SIG_IGN)
+            raise KeyboardInterrupt
+        server.shutdown()
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    for number in numbers:
+        signal.signal(number, on_signal)
+
+
+def _print(*lines: str) -> None:
+    """Print at once. A reader that has gone is no reason not to serve."""
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n", flush=True)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line; returns the exit code: 0, or 2 for a mistake in how it was called."""
+    try:
+        options = _parse_arguments(argv)
+        commands = _load_commands(options)
+        if options.check:
+            _print(*itertools.starmap(_describe, commands.items()))
+        for name, command in commands.items():
+            missing = _missing_program(command)
+            if missing:
+                print(f"streamlog: warning: command {name!r}: {missing}", file=sys.stderr)
+        if options.check:
+            return 0
+        settings = Settings(
+            bind=options.bind,
+            port=int(options.port),
+            timeout_seconds=options.timeout,
+            grace_seconds=options.grace,
+            max_runs=int(options.max_runs),
+            no_auth=options.no_auth,
+            child_nofile=_raise_descriptor_limit(),
+        )
+        server = Server(commands, settings)
+    except Error as error:
+        print(f"streamlog: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{options.bind}:{options.port}"
+        print(f"streamlog: cannot listen on {where}: {error.strerror}; choose another with -b and -p", file=sys.stderr)
+        return 2
+    _configure_logging(options)
+    _handle_signals(server)
+    if sys.argv[0] in ("", "-"):  # this program came by standard input, as from ssh: end with that session
+        server.stderr_guard = 2
+    lines = [] if options.quiet else [_curl_line(server.url, name, command) for name, command in commands.items()]
+    _print(f"streamlog: listening on {server.url}", *lines)
+    try:
+        server.serve_forever()
+        server.close()
+    except KeyboardInterrupt:
+        server.kill()
+        server.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
