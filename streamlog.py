@@ -60,6 +60,7 @@ if os.name != "posix" or sys.version_info < (3, 9):  # said before an import bel
 
 import contextlib
 import dataclasses
+import email.utils
 import errno
 import fcntl
 import http
@@ -166,15 +167,15 @@ class Parameter:
         """The values of a choice; empty for any other type."""
         return self.type.split("|") if _CHOICE.fullmatch(self.type) else []
 
-    def problem(self, value: str, starts_argument: bool) -> str:
-        """What is wrong with a value, or an empty string."""
+    def problem(self, value: str, starts_argument: bool, is_shell: bool) -> str:
+        """What is wrong with a value where it is to stand, or an empty string."""
         if not self.pattern.fullmatch(value) or "\0" in value:
             return f"must be {self.type}"
         if self.type == "text" and not value.isprintable():
             return "must be printable text"
         if self.type in ("word", "path") and ".." in value.split("/"):
             return "must not contain '..'"
-        if starts_argument and value.startswith("-"):
+        if (starts_argument or is_shell) and value.startswith("-"):
             return "must not begin with '-'"
         if self.type == "path" and not starts_argument and value.startswith("/"):
             return "must be a relative path"
@@ -266,41 +267,41 @@ def _by_name(found: Sequence[Parameter]) -> dict[str, Parameter]:
     return named
 
 
-_SHELL_TOKEN = re.compile(r"\\.|\$\(\(|\$\(|\$\{|(?<=[\s;&|(])#[^\n]*|\0[0-9]+\0|[\"'`(){}]", re.DOTALL)
+# What changes how a shell reads the text behind it, unquoted or in double quotes; and in single quotes.
+_SHELL_TOKEN = re.compile(r"\\.|\$\(\(|\$\(|\$\{|(?:(?<=[\s;&|(])|^)#|\0[0-9]+\0|[\"'`(){}]", re.DOTALL)
+_SINGLE_QUOTED_TOKEN = re.compile("'|\0[0-9]+\0")
 _SHELL_CLOSES = {"$(": ")", "(": ")", "$((": ")", "${": "}"}
-
-
-def _shell_quote_state(stack: Sequence[str]) -> str:
-    """How the shell reads a word here: as '"', "'", or '' for unquoted. In arithmetic, quotes are not special."""
-    for context in reversed(stack):
-        if context != "${":
-            return {"$((": '"', '"': '"', "'": "'"}.get(context, "")
-    return ""
+_EXPANSIONS = {"": '"${arg_%s}"', '"': "${arg_%s}", "'": "'\"${arg_%s}\"'"}
 
 
 def _shell_script(marked: str, found: Sequence[Parameter]) -> str:
     """Turn each mark of a script into an expansion that stays one word where it stands (sh(1), quoting)."""
-    expansions = {"": '"${arg_%s}"', '"': "${arg_%s}", "'": "'\"${arg_%s}\"'"}
-    stack: list[str] = []
-
-    def replace(match: re.Match[str]) -> str:
-        token, quote = match[0], _shell_quote_state(stack)
+    out: list[str] = []
+    stack: list[str] = []  # what is open: quotes, substitutions, subshells
+    at = 0
+    while True:
+        quote = _shell_quote(stack)
+        match = (_SINGLE_QUOTED_TOKEN if quote == "'" else _SHELL_TOKEN).search(marked, at)
+        if not match:
+            return "".join([*out, marked[at:]])
+        out.append(marked[at : match.start()])
+        token, at = match[0], match.end()
         if token[0] == "\0":
-            return expansions[quote] % found[int(token[1:-1])].name
-        if quote == "'":
-            if token == "'":
-                stack.pop()
-        elif token in "\"'`" and stack and stack[-1] == token:
-            stack.pop()
-        elif stack and token == _SHELL_CLOSES.get(stack[-1]):
-            # `$((` is closed by two: what is left of it after the first is a `(`.
+            token = _EXPANSIONS[quote] % found[int(token[1:-1])].name
+        elif token == "#" and not quote:  # a comment may hold a quote that has no partner
+            token, at = "", (marked + "\n").index("\n", at)
+        elif stack and token == _SHELL_CLOSES.get(stack[-1], stack[-1]):
+            # An arithmetic expansion has two parentheses to close: after the first it is like any other.
             stack[-1:] = ["("] if stack[-1] == "$((" else []
-        elif token in ('"', "`", "$(", "$((", "${") or (token in "('" and not quote):
+        elif token in ('"', "`", "$(", "$((", "${") or (token in ("(", "'") and not quote):
             stack.append(token)
-        return token
+        out.append(token)
 
-    # A comment may hold an unpaired quote; a mark in it is replaced all the same, for the next reader's sake.
-    return _SHELL_TOKEN.sub(replace, marked)
+
+def _shell_quote(stack: Sequence[str]) -> str:
+    """The quotes that a shell reads text in: '"', "'" or none. In arithmetic it is as in double quotes."""
+    inner = next((context for context in reversed(stack) if context != "${"), "")
+    return {"$((": '"', '"': '"', "'": "'"}.get(inner, "")
 
 
 _Argument = tuple[Union[str, Parameter], ...]
@@ -378,7 +379,8 @@ class Command:
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     type: str = _PLAIN_TEXT
     parameters: Mapping[str, Parameter] = dataclasses.field(init=False, repr=False, default_factory=dict)
-    _arguments: tuple[_Argument, ...] = dataclasses.field(init=False, repr=False, default=())
+    _arguments: Sequence[_Argument] = dataclasses.field(init=False, repr=False, default=())
+    _uses: Sequence[tuple[Parameter, bool]] = dataclasses.field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
         for option, known in (("method", ("GET", "POST")), ("stderr", ("merge", "separate", "discard"))):
@@ -396,27 +398,28 @@ class Command:
         marked, found = _mark_placeholders(self.command)
         named = _by_name(found)
         found = [named[parameter.name] for parameter in found]
+        uses: list[tuple[Parameter, bool]]
         if self.is_shell:
-            script = _shell_script(marked.lstrip()[1:], found)
-            arguments: tuple[_Argument, ...] = (("/bin/sh",), ("-c",), (script,))
+            marked = marked.lstrip()[1:]
+            uses = [(found[int(mark[1])], _starts_word(marked, mark.start())) for mark in _MARK.finditer(marked)]
+            arguments: tuple[_Argument, ...] = (("/bin/sh",), ("-c",), (_shell_script(marked, found),))
         else:
             arguments = _split_arguments(marked, found)
             _check_program(arguments)
+            parts = [(part, not at) for argument in arguments for at, part in enumerate(argument)]
+            uses = [(part, is_first) for part, is_first in parts if isinstance(part, Parameter)]
+        self._check_defaults(uses)
         object.__setattr__(self, "parameters", MappingProxyType(named))
         object.__setattr__(self, "_arguments", arguments)
-        self._check_defaults()
+        object.__setattr__(self, "_uses", uses)
 
-    def _check_defaults(self) -> None:
-        """Hold the defaults, and the choices, to the rules that a URL's values are held to."""
-        for parameter in self.parameters.values():
-            offered = parameter.choices + ([] if parameter.default is None else [parameter.default])
-            for value in offered:
-                problem = parameter.problem(value, self.is_shell or self._starts_argument(parameter))
+    def _check_defaults(self, uses: Sequence[tuple[Parameter, bool]]) -> None:
+        """Hold defaults and choices to the rules that the values from a URL are held to."""
+        for parameter, starts_argument in uses:
+            for value in [*parameter.choices, *([] if parameter.default is None else [parameter.default])]:
+                problem = parameter.problem(value, starts_argument, self.is_shell)
                 if problem:
                     raise ConfigError(f"default or choice of parameter {parameter.name!r} {problem}: {value!r}")
-
-    def _starts_argument(self, parameter: Parameter) -> bool:
-        return any(argument[0] == parameter for argument in self._arguments if argument)
 
     @property
     def is_shell(self) -> bool:
@@ -441,13 +444,14 @@ class Command:
             if value is None:
                 raise Error(f"parameter {parameter.name!r} of {name!r} is required: add ?{parameter.name}=...")
             bound[parameter.name] = value
-            self._check_value(name, parameter, value, self.is_shell)
+        for parameter, starts_argument in self._uses:
+            self._check_value(name, parameter, bound[parameter.name], starts_argument)
         argv = []
         for argument in self._arguments:
             text = ""
             for part in argument:
-                if isinstance(part, Parameter):
-                    self._check_value(name, part, bound[part.name], not text)
+                if isinstance(part, Parameter):  # where what stands before is empty, it starts the argument after all
+                    self._check_value(name, part, bound[part.name], starts_argument=not text)
                 text += bound[part.name] if isinstance(part, Parameter) else part
             argv.append(text)
         env = {key: value for key, value in os.environ.items() if not _HIDDEN_ENVIRONMENT.fullmatch(key)}
@@ -457,9 +461,14 @@ class Command:
         return Launch(argv, env, self.cwd, self.stderr)
 
     def _check_value(self, name: str, parameter: Parameter, value: str, starts_argument: bool) -> None:
-        problem = parameter.problem(value, starts_argument)
+        problem = parameter.problem(value, starts_argument, self.is_shell)
         if problem:
             raise Error(f"parameter {parameter.name!r} of {name!r} {problem}: {value[:200]!r}")
+
+
+def _starts_word(marked: str, at: int) -> bool:
+    """Whether a shell's word begins here, as far as the text right before tells."""
+    return bool(re.search(r"(?:^|[\s<>;&|(])[\"']?$", marked[:at]))
 
 
 _OPTIONS: Mapping[str, Callable[[str], object]] = {
@@ -642,15 +651,18 @@ class Request:
         return False
 
 
-def _find_head(inbox: bytearray) -> int:
-    """Where the head ends, with its empty line; 0 while more must come. Raises Error for what can be no head."""
-    end = inbox.find(b"\r\n\r\n") + 4
-    head = inbox[: end - 2] if end > 3 else inbox
-    if _STRAY_LINE_END.search(head):
+def _find_head(inbox: bytearray, seen: int = 0) -> int:
+    """Where the head ends, with its empty line; 0 while more must come. Raises Error for what can be no head.
+
+    The first `seen` bytes were looked at before: else one byte at a time would cost the square of a head's length.
+    """
+    end = inbox.find(b"\r\n\r\n", max(0, seen - 3)) + 4
+    size = end if end > 3 else len(inbox)
+    if _STRAY_LINE_END.search(inbox, max(0, seen - 2), size):
         raise Error("lines of a request end in CRLF")
-    if b"\r\n" not in head[:_LINE_BYTES] and len(head) >= _LINE_BYTES:
+    if size >= _LINE_BYTES and inbox.find(b"\r\n", 0, _LINE_BYTES) < 0:
         raise Error(f"the request line is longer than {_LINE_BYTES} bytes: shorten the URL", 414)
-    if len(head) > _HEAD_BYTES:
+    if size > _HEAD_BYTES:
         raise Error(f"the request's head is longer than {_HEAD_BYTES} bytes: send fewer or shorter headers", 431)
     return end if end > 3 else 0
 
@@ -886,7 +898,7 @@ class Run:
         self._process, self.outputs = _spawn(launch)
         self._release: Optional[_Release] = release  # gives the slot back; None once it has been
         self._lock = threading.RLock()  # re-entrant: a signal handler may kill what its own thread is stopping
-        self._owed: dict[int, int] = {}
+        self._owed: dict[int, float] = {}  # bytes of an output that are still to come, where that is known
         self._block = _BLOCK_MIN_BYTES
         self.started = time.monotonic()
         self.seconds = 0.0
@@ -966,13 +978,12 @@ class Run:
 
     def read(self, descriptor: int) -> bytes:
         """The next block of an output that is ready. Empty at its end, or when there was nothing after all."""
-        owed = self._owed.get(descriptor, _BLOCK_MAX_BYTES)
+        owed = self._owed.get(descriptor, math.inf)
         try:
-            data = os.read(descriptor, min(self._block, owed))
+            data = os.read(descriptor, int(min(self._block, owed)))
         except BlockingIOError:
             return b""
-        if descriptor in self._owed:
-            self._owed[descriptor] -= len(data)
+        self._owed[descriptor] = owed - len(data)
         if not data or len(data) == owed:
             self._close_output(descriptor)
         elif len(data) == self._block < _BLOCK_MAX_BYTES:
@@ -1583,12 +1594,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         client, settings = self._client, self.server.settings
         deadline = time.monotonic() + settings.idle_seconds
         is_begun = False
+        seen = 0
         while True:
             while client.inbox.startswith(b"\r\n"):  # some clients end a body so (RFC 9112 section 2.2)
                 del client.inbox[:2]
-            end = _find_head(client.inbox)
+            end = _find_head(client.inbox, seen)
             if end:
                 break
+            seen = len(client.inbox)
             if client.inbox and not is_begun:
                 is_begun, deadline = True, min(deadline, time.monotonic() + settings.head_seconds)
             if not self._receive(deadline):
@@ -1674,7 +1687,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     run.kill()
             for descriptor in ready:
                 stream = run.outputs[descriptor]
-                self._write(format_.feed(stream, run.read(descriptor)), is_chunked)
+                data = run.read(descriptor)
+                if data:
+                    self._write(format_.feed(stream, data), is_chunked)
 
     def _write(self, data: bytes, is_chunked: bool) -> None:
         """Send a piece of the body, as one chunk in one send. An empty piece must not become one: that is the last."""
@@ -1685,8 +1700,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def _head_bytes(status: int, headers: Mapping[str, str], is_reusable: bool) -> bytes:
     """The head of an answer. Raises ValueError rather than let a value break out of its line."""
-    import email.utils
-
     fields = [("Date", email.utils.formatdate(usegmt=True)), *_COMMON_HEADERS, *headers.items()]
     if not is_reusable:
         fields.append(("Connection", "close"))

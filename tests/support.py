@@ -1,0 +1,304 @@
+"""What the tests share: a server to talk to, a client that can send any bytes, and ways to look for what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional, Union
+
+import streamlog
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = str(ROOT / "streamlog.py")
+SOAK = int(os.environ.get("STREAMLOG_SOAK", "200"))
+IS_ROOT = os.geteuid() == 0
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> Any:
+    """Wait for a condition that nothing tells of by event; fail when the deadline has passed."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what}")
+        time.sleep(0.005)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    with contextlib.suppress(OSError):
+        os.kill(pid, 0)
+        return not os.path.exists("/proc/self")
+    return False
+
+
+def descriptors(pid: Union[int, str] = "self") -> set[str]:
+    """What a process has open, for comparison."""
+    found = set()
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found.add(f"{entry}: {os.readlink(f'/proc/{pid}/fd/{entry}')}")
+    return found
+
+
+def resident_bytes(pid: Union[int, str] = "self") -> int:
+    """The resident set of a process now."""
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def children() -> set[int]:
+    """The children of this process, zombies included."""
+    found = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):
+            found.update(map(int, Path(f"/proc/self/task/{thread}/children").read_text().split()))
+    return found
+
+
+class Answer(NamedTuple):
+    """An answer as it came over the wire; `is_whole` says whether its framing was brought to its end."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    trailers: Mapping[str, str]
+    is_whole: bool
+
+
+class Raw:
+    """A client that sends any bytes and reads answers with no help from a library."""
+
+    def __init__(self, address: tuple[str, int], receive_buffer: int = 0) -> None:
+        self.sock = socket.socket()
+        self.sock.settimeout(15)
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.connect(address)
+        self.buffer = b""
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def get(self, path: str, method: str = "GET", headers: Sequence[str] = (), version: str = "1.1") -> None:
+        lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *headers, "", ""]
+        self.send("\r\n".join(lines).encode())
+
+    def more(self) -> bool:
+        """Take in what comes next; False at the end."""
+        try:
+            data = self.sock.recv(65536)
+        except ConnectionResetError:
+            self.was_reset = True
+            data = b""
+        self.buffer += data
+        return bool(data)
+
+    was_reset = False
+
+    def read_until(self, mark: bytes) -> bytes:
+        """Everything up to and with a mark."""
+        while mark not in self.buffer:
+            if not self.more():
+                raise EOFError(self.buffer[-500:])
+        found, self.buffer = self.buffer.split(mark, 1)
+        return found + mark
+
+    def read_head(self) -> tuple[int, dict[str, str]]:
+        first, *lines = self.read_until(b"\r\n\r\n").decode("latin-1").split("\r\n")
+        fields = (line.partition(": ") for line in lines if line)
+        return int(first.split()[1]), {name.lower(): value for name, _, value in fields}
+
+    def read_chunk(self) -> Optional[bytes]:
+        """A chunk; None for the final one, whose trailers are left to read."""
+        size = int(self.read_until(b"\r\n"), 16)
+        if not size:
+            return None
+        while len(self.buffer) < size + 2:
+            if not self.more():
+                raise EOFError
+        data, self.buffer = self.buffer[:size], self.buffer[size + 2 :]
+        return data
+
+    def read_answer(self, method: str = "GET") -> Answer:
+        status, headers = self.read_head()
+        body, trailers, is_whole = b"", {}, True
+        try:
+            if method == "HEAD" or status == 204:
+                pass
+            elif headers.get("transfer-encoding") == "chunked":
+                for chunk in iter(self.read_chunk, None):
+                    body += chunk
+                while True:
+                    line = self.read_until(b"\r\n").decode()
+                    if line == "\r\n":
+                        break
+                    trailers[line.partition(": ")[0]] = line.partition(": ")[2].strip()
+            elif "content-length" in headers:
+                while len(self.buffer) < int(headers["content-length"]):
+                    if not self.more():
+                        raise EOFError
+                size = int(headers["content-length"])
+                body, self.buffer = self.buffer[:size], self.buffer[size:]
+            else:
+                while self.more():
+                    pass
+                body, self.buffer, is_whole = self.buffer, b"", not self.was_reset
+        except EOFError:
+            is_whole = False
+        return Answer(status, headers, body, trailers, is_whole)
+
+    def is_closed(self) -> bool:
+        """Whether the server closes the connection (waits for it)."""
+        while self.more():
+            pass
+        return True
+
+    def reset(self) -> None:
+        """Leave by a reset."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.sock.close()
+
+
+Commands = Mapping[str, Union[str, streamlog.Command]]
+
+
+class ServerCase(unittest.TestCase):
+    """A case with servers of its own. At its end nothing of them may be left: no thread, descriptor or child."""
+
+    def setUp(self) -> None:
+        self.folder = Path(self.enterContext_(tempfile.TemporaryDirectory()))
+        has_proc = os.path.exists("/proc/self/fd")
+        before = (set(threading.enumerate()), descriptors() if has_proc else set(), children() if has_proc else set())
+
+        def check() -> None:
+            def left() -> list[object]:
+                after = (
+                    set(threading.enumerate()),
+                    descriptors() if has_proc else set(),
+                    children() if has_proc else set(),
+                )
+                return [found for old, new in zip(before, after) for found in new - old]  # type: ignore[operator]
+
+            wait_until(lambda: not left(), f"nothing is left: {left()}", 3)
+
+        self.addCleanup(check)
+
+    def enterContext_(self, context: Any) -> Any:
+        """enterContext, which is of Python 3.11."""
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+    def serve(self, commands: Commands, **settings: Any) -> streamlog.Server:
+        made = {name: streamlog.Command(given) if isinstance(given, str) else given for name, given in commands.items()}
+        server = streamlog.Server(made, streamlog.Settings(**{"port": 0, "grace_seconds": 2.0, **settings}))
+        self.addCleanup(server.close)
+        return server.start()
+
+    def connect(self, server: streamlog.Server, **options: Any) -> Raw:
+        client = Raw(("127.0.0.1", server.port), **options)
+        self.addCleanup(client.sock.close)
+        return client
+
+    def fetch(
+        self,
+        server: streamlog.Server,
+        path: str,
+        method: str = "GET",
+        headers: Sequence[str] = (),
+        body: bytes = b"",
+        version: str = "1.1",
+    ) -> Answer:
+        """One request on a connection of its own."""
+        with self.connect(server) as client:
+            if body:
+                headers = [*headers, f"Content-Length: {len(body)}"]
+            client.get(path, method, headers, version)
+            client.send(body)
+            return client.read_answer(method)
+
+    def python(self, script: str) -> str:
+        """A command line that runs a Python script, unbuffered."""
+        path = self.folder / f"script{len(list(self.folder.iterdir()))}.py"
+        path.write_text(script)
+        return f"{sys.executable} -u {path}"
+
+    def log_of(self, server_level: str = "INFO") -> Any:
+        """What the server logs within the block, as lines."""
+        return self.assertLogs("streamlog", server_level)
+
+
+class Program:
+    """streamlog.py as a process of its own."""
+
+    def __init__(self, *arguments: str, **options: Any) -> None:
+        command = [sys.executable, PROGRAM, *arguments]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **{"cwd": ROOT, **options}
+        )
+        assert self.process.stdout
+        self.first_line = self.process.stdout.readline()
+        found = re.search(r"http://(\S+):([0-9]+)", self.first_line)
+        if not found:
+            raise AssertionError(f"did not start: {self.first_line!r} {self.process.communicate(timeout=10)}")
+        self.port = int(found[2])
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.communicate(timeout=15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+            raise
+
+    def connect(self) -> Raw:
+        return Raw(("127.0.0.1", self.port))
+
+    def fetch(self, path: str) -> Answer:
+        with self.connect() as client:
+            client.get(path)
+            return client.read_answer()
+
+    def end(self, seconds: float = 10) -> tuple[int, str]:
+        """Wait for the end; the exit code and what it wrote to stderr."""
+        _, stderr = self.process.communicate(timeout=seconds)
+        return self.process.returncode, stderr
+
+
+def run_program(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run streamlog.py to its end."""
+    return subprocess.run(
+        [sys.executable, PROGRAM, *arguments],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 20, "check": False, **options},
+    )
+
+
+def pids_in(text: bytes) -> Iterator[int]:
+    """The numbers that a command printed of its processes."""
+    yield from map(int, re.findall(rb"[0-9]+", text))

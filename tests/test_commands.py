@@ -1,0 +1,318 @@
+"""Commands: what a line means, what a value may be, and where it ends up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from unittest import mock
+
+import streamlog
+from streamlog import Command, ConfigError, Error
+
+
+def argv(line: str, **values: str) -> list[str]:
+    return list(Command(line).bind("x", values).argv)
+
+
+def output(line: str, **values: str) -> str:
+    """What a command prints, run as a server runs it."""
+    launch = Command(line).bind("x", values)
+    return subprocess.run(launch.argv, env=launch.env, stdout=subprocess.PIPE, check=True, text=True).stdout
+
+
+class Placeholders(unittest.TestCase):
+    def test_a_value_is_put_where_its_placeholder_stands(self) -> None:
+        for line, values, expected in (
+            ("df -h", {}, ["df", "-h"]),
+            ("tail -n {lines} x", {"lines": "5"}, ["tail", "-n", "5", "x"]),
+            ("tail -n{lines:int=100}", {}, ["tail", "-n100"]),
+            ("cat /var/log/{file}.log", {"file": "auth"}, ["cat", "/var/log/auth.log"]),
+            ("cat {a}-{b}", {"a": "1", "b": "2"}, ["cat", "1-2"]),
+            ("cat {a} {a}", {"a": "1"}, ["cat", "1", "1"]),
+            ("cat {a:int=4} {a}", {}, ["cat", "4", "4"]),
+            ("echo '{a:text} b'", {"a": "x  y"}, ["echo", "x  y b"]),
+            ("echo {a:text}", {"a": "two words"}, ["echo", "two words"]),
+            ("echo {a:text}", {"a": ""}, ["echo", ""]),
+            ("echo {a:text=it's}", {}, ["echo", "it's"]),
+            ("echo {a=x=y}", {}, ["echo", "x=y"]),
+            ("echo ''", {}, ["echo", ""]),
+        ):
+            with self.subTest(line=line):
+                self.assertEqual(argv(line, **values), expected)
+
+    def test_other_braces_stay_as_they_are_written(self) -> None:
+        for line, expected in (
+            ("echo {{name}}", "{name}"),
+            ("echo {{name:int=3}}", "{name:int=3}"),
+            ("echo '{{.Names}}'", "{{.Names}}"),
+            ("awk '{print $1}'", "{print $1}"),
+            ("echo '{ print }'", "{ print }"),
+            ("echo ${name}", "${name}"),
+            ("echo '{\"a\": 1}'", '{"a": 1}'),
+            ("echo {} {1}", "{}"),
+            ("echo {{{{name}}", "{{{name}"),
+        ):
+            with self.subTest(line=line):
+                self.assertEqual(Command(line).parameters, {})
+                self.assertEqual(argv(line)[1], expected)
+
+    def test_a_doubled_brace_that_is_not_closed_twice_holds_a_placeholder(self) -> None:
+        self.assertEqual(argv("echo {{name}", name="x"), ["echo", "{x"])
+
+    def test_the_text_of_a_placeholder_is_taken_verbatim(self) -> None:
+        for line, good, bad in (
+            (r"echo {y:\d{4}}", "2024", "d4"),
+            ("echo {m:[a-z ]+}", "a b", "A"),
+            ("echo {m:[}=]x}", "}x", "x"),
+            ("echo {m:(?=ab)a.}", "ab", "ac"),
+            (r"echo {m:a\}b}", "a}b", "a"),
+            ("echo {m:[0-9]+=7}", "3", "x"),
+            ("echo {m:'\"+}", "'\"", "a"),
+        ):
+            with self.subTest(line=line):
+                name = next(iter(Command(line).parameters))
+                self.assertEqual(argv(line, **{name: good})[1], good)
+                with self.assertRaises(Error):
+                    argv(line, **{name: bad})
+        self.assertEqual(argv("echo {m:[0-9]+=7}")[1], "7")
+
+    def test_a_mistake_in_a_line_is_told_at_start(self) -> None:
+        for line, told in (
+            ("", "is empty"),
+            ("'' x", "is empty"),
+            ("echo 'x", "no closing quotation"),
+            ("echo {x:int", "no closing brace"),
+            ("echo {x:integer}", "unknown type: 'integer'"),
+            ("echo {x:[}", "no closing brace"),
+            ("echo {x:(}", "no closing brace|bad regular expression"),
+            ("echo {x:*a}", "bad regular expression"),
+            ("echo {x:int=abc}", "must be int: 'abc'"),
+            ("echo {x=-v}", "must not begin with '-': '-v'"),
+            ("echo {x:-l|-a}", "must not begin with '-': '-l'"),
+            ("echo {x:int} {x:word=a}", "twice, and differently"),
+            ("{x} -h", "program itself cannot be a parameter"),
+            ("/opt/{x} -h", "program itself cannot be a parameter"),
+            ("sh -c 'ls {x}'", "!SCRIPT"),
+            ("bash -ec 'ls {x}'", "!SCRIPT"),
+            ("bash -o pipefail -c 'ls {x}'", "!SCRIPT"),
+            ("env A=1 /bin/dash -c 'ls {x}'", "!SCRIPT"),
+            ("sudo -u nobody zsh -c {x}", "!SCRIPT"),
+            ("a\0b", "NUL"),
+        ):
+            with self.subTest(line=line), self.assertRaisesRegex(ConfigError, told):
+                Command(line)
+
+    def test_a_shell_that_takes_a_value_as_an_argument_is_fine(self) -> None:
+        self.assertEqual(argv("sh -c 'echo $1' sh {x}", x="a")[-1], "a")
+        self.assertEqual(argv("sh script.sh -c {x}", x="a")[-1], "a")
+        self.assertEqual(argv("sh -s {x}", x="a")[-1], "a")
+
+
+class Values(unittest.TestCase):
+    GOOD = {
+        "word": ["a", "a.b-c_d:e,f@g%h+i=j", "1", "Z"],
+        "int": ["0", "42", "007"],
+        "path": ["a", "a/b", "/etc/passwd", "a/", "..."],
+        "text": ["", "a b", "é ü", "a;b|c$(d)`e`", "'\"\\"],
+        "nginx|redis": ["nginx", "redis"],
+        "syslog|auth.log": ["auth.log"],
+        "[ab]+": ["abba"],
+    }
+    BAD = {
+        "word": ["", "a b", "a/b", "..", "é", "a\n", "a;b", "\0", "a*"],
+        "int": ["", "x", "1.5", "1_0", "+5", " 5", "5\n", "٣", "0x5"],
+        "path": ["", "../a", "a/../b", "a/..", "a b", "a\0"],
+        "text": ["a\nb", "a\tb", "\x1b[0m", "\0", "\x9b", "\u2028", "\ud800"],
+        "nginx|redis": ["", "nginx ", "Nginx", "nginxredis", "nginx|redis"],
+        "syslog|auth.log": ["authxlog"],
+        "[ab]+": ["", "c", "ab\n"],
+    }
+
+    def test_each_type_takes_what_it_says_and_nothing_else(self) -> None:
+        for type_, values in self.GOOD.items():
+            for value in values:
+                with self.subTest(type=type_, value=value):
+                    self.assertEqual(argv(f"echo {{x:{type_}}}", x=value)[1], value)
+        for type_, values in self.BAD.items():
+            for value in values:
+                with self.subTest(type=type_, value=value), self.assertRaises(Error) as caught:
+                    argv(f"echo {{x:{type_}}}", x=value)
+                self.assertEqual(caught.exception.status, 400)
+
+    def test_no_value_becomes_an_option(self) -> None:
+        for type_ in ("word", "text", "[-a-z]+", "path"):
+            with self.subTest(type=type_), self.assertRaisesRegex(Error, "must not begin with '-'"):
+                argv(f"ls {{x:{type_}}}", x="-la")
+        self.assertEqual(argv("nice -n {x:int}", x="5")[2], "5")
+        with self.assertRaisesRegex(Error, "must not begin with '-'"):
+            argv("nice -n {x:int}", x="-5")
+        self.assertEqual(argv("nice -n{x:int}", x="-5")[1], "-n-5")
+        with self.assertRaisesRegex(Error, "parameter 'b' of 'x' must not begin with '-'"):
+            argv("ls {a:text}{b:text}", a="", b="-la")
+
+    def test_a_path_is_absolute_only_where_it_starts_an_argument(self) -> None:
+        self.assertEqual(argv("cat {p:path}", p="/etc/passwd")[1], "/etc/passwd")
+        with self.assertRaisesRegex(Error, "must be a relative path"):
+            argv("cat /srv/{p:path}", p="/etc/passwd")
+
+    def test_a_refusal_names_the_parameter_the_command_and_the_value(self) -> None:
+        command = Command("tail -n {lines:int}")
+        with self.assertRaisesRegex(Error, r"^parameter 'lines' of 'logs' must be int: 'abc'$"):
+            command.bind("logs", {"lines": "abc"})
+        with self.assertRaisesRegex(Error, r"^parameter 'lines' of 'logs' is required: add \?lines=\.\.\.$"):
+            command.bind("logs", {})
+
+
+class Shell(unittest.TestCase):
+    NASTY = "a  b;c|d&e$(id)`id`*?[x]~'\"\\ #!{}<>é"
+
+    def test_a_value_stays_one_word_wherever_it_stands_in_a_script(self) -> None:
+        for script, expected in (
+            ("printf '%s|' {x}", "V|"),
+            ('printf "%s|" "{x}"', "V|"),
+            ("printf '%s|' 'is {x} quoted'", "is V quoted|"),
+            ("printf '%s|' pre{x}post", "preVpost|"),
+            ('printf "%s|" "$(printf %s {x})"', "V|"),
+            ('printf "%s|" "`printf %s {x}`"', "V|"),
+            ('printf "%s|" "${none:-{x}}"', "V|"),
+            ("printf '%s|' 'a\\' {x} # it's {x}\nprintf '%s|' \" # \" {x}", "a\\|V| # |V|"),
+            ("# it's a comment\nprintf '%s|' {x}", "V|"),
+            ("(printf '%s|' {x}); printf '%s|' \"$(echo $( (echo a) ) )\" {x}", "V|a|V|"),
+            ("printf '%s|' \\\"{x}\\'{x}", "\"V'V|"),
+            ("cat <<E\n'\"{x}\"'\nE\n:", None),
+        ):
+            with self.subTest(script=script):
+                command = Command("!" + script.replace("{x}", "{x:text}"))
+                launch = command.bind("t", {"x": self.NASTY})
+                self.assertNotIn(self.NASTY, "".join(launch.argv))
+                found = subprocess.run(
+                    launch.argv, env=launch.env, stdout=subprocess.PIPE, check=True, text=True
+                ).stdout
+                if expected is not None:
+                    self.assertEqual(found, expected.replace("V", self.NASTY))
+
+    def test_a_number_can_be_reckoned_with(self) -> None:
+        self.assertEqual(output('!echo $(( {a:int} + (2 * {a}) )) "$(({a}))" {a}', a="7"), "21 7 7\n")
+
+    def test_a_value_travels_in_the_environment_only(self) -> None:
+        launch = Command("!echo {x:text}").bind("t", {"x": "secret"})
+        self.assertEqual(list(launch.argv), ["/bin/sh", "-c", 'echo "${arg_x}"'])
+        self.assertEqual(launch.env["arg_x"], "secret")
+
+    def test_a_value_for_a_script_is_never_an_option(self) -> None:
+        with self.assertRaisesRegex(Error, "must not begin with '-'"):
+            output("!ls -d a{x:text}", x="-la")
+
+    def test_a_shell_s_own_expansions_are_left_alone(self) -> None:
+        self.assertEqual(output("!a=1; echo ${a} $a"), "1 1\n")
+
+
+class Environment(unittest.TestCase):
+    def test_a_command_gets_the_server_s_environment_without_its_secrets(self) -> None:
+        extra = {
+            "STREAMLOG_TOKEN": "t",
+            "LISTEN_FDS": "1",
+            "LISTEN_PID": "1",
+            "NOTIFY_SOCKET": "n",
+            "CREDENTIALS_DIRECTORY": "c",
+            "KEPT": "yes",
+        }
+        with mock.patch.dict(os.environ, extra):
+            env = Command("env", env={"ADDED": "1"}).bind("env", {}).env
+        self.assertFalse(set(env) & (set(extra) - {"KEPT"}))
+        self.assertEqual((env["KEPT"], env["ADDED"], env["PYTHONUNBUFFERED"]), ("yes", "1", "1"))
+        self.assertEqual(env["PATH"], os.environ["PATH"])
+
+
+class Config(unittest.TestCase):
+    def read(self, text: str) -> dict[str, Command]:
+        with tempfile.NamedTemporaryFile("w", suffix=".ini") as file:
+            file.write(text)
+            file.flush()
+            return dict(streamlog._read_config(file.name))
+
+    def test_a_file_gives_each_option_its_meaning(self) -> None:
+        commands = self.read(
+            "# a comment\n"
+            "[logs]\ncommand = tail -n {lines:int=100} -F /var/log/{file:syslog|auth.log}\nabout = Follow: 50% = half\n"
+            "[busiest]\ncommand = !ps aux --sort=-%cpu |\n  head -n {n:int=10}\n"
+            "[restart]\ncommand = true {unit:nginx|redis}\nmethod = POST\ntimeout = 1.5\nmax = 1\nstderr = discard\n"
+            "cwd = /\nenv =\n  A=1\n  B=x=y\ntype = text/csv\n"
+        )
+        self.assertEqual(list(commands), ["logs", "busiest", "restart"])
+        self.assertEqual(commands["logs"].about, "Follow: 50% = half")
+        self.assertEqual(commands["logs"].parameters["file"].choices, ["syslog", "auth.log"])
+        self.assertTrue(commands["busiest"].is_shell)
+        restart = commands["restart"]
+        self.assertEqual((restart.method, restart.timeout, restart.max, restart.stderr), ("POST", 1.5, 1, "discard"))
+        self.assertEqual((restart.cwd, restart.env, restart.type), ("/", {"A": "1", "B": "x=y"}, "text/csv"))
+
+    def test_a_mistake_names_the_file_the_command_and_the_place(self) -> None:
+        for text, told in (
+            ("[x]\n", r"\.ini: command 'x': 'command = \.\.\.' is missing"),
+            ("[x]\ncommand = true\nspeed = 3\n", "command 'x': unknown option 'speed'; known are command, about"),
+            ("[x]\ncommand = true\ntimeout = soon\n", "command 'x': timeout must be a number: 'soon'"),
+            ("[x]\ncommand = true\ntimeout = -1\n", "command 'x': timeout must be .* above 0"),
+            ("[x]\ncommand = true\nmax = 0\n", "command 'x': max must be a whole number above 0"),
+            ("[x]\ncommand = true\nmethod = PUT\n", "command 'x': method must be GET or POST: 'PUT'"),
+            ("[x]\ncommand = true\nstderr = loud\n", "command 'x': stderr must be merge or separate or discard"),
+            ("[x]\ncommand = true\ntype = nonsense\n", "command 'x': type must be a Content-Type"),
+            ("[x]\ncommand = true\nenv = 1A=x\n", "command 'x': env must be NAME=value"),
+            ("[a b]\ncommand = true\n", "'a b'"),
+            ("[x]\ncommand = true\n[x]\ncommand = true\n", "already exists"),
+            ("command = true\n", "no section headers"),
+            ("[x]\ncommand = echo {y:\n", "command 'x': placeholder '{y' has no closing brace"),
+        ):
+            with self.subTest(text=text), self.assertRaisesRegex(ConfigError, told):
+                self.read(text)
+        with self.assertRaisesRegex(ConfigError, "cannot read '/nowhere': No such file"):
+            list(streamlog._read_config("/nowhere"))
+
+    def test_a_name_given_twice_is_a_mistake(self) -> None:
+        command = Command("true")
+        with self.assertRaisesRegex(ConfigError, "'x' is given twice"):
+            streamlog._collect(iter([("x", command), ("x", command)]))
+
+    def test_an_argument_is_a_name_and_a_line_or_a_line_alone(self) -> None:
+        for text, name, method, line in (
+            ("disk=df -h", "disk", "GET", "df -h"),
+            ("POST:go=true", "go", "POST", "true"),
+            ("GET:go=true", "go", "GET", "true"),
+            ("df -h", "df", "GET", "df -h"),
+            ("/usr/bin/env A=1 true", "env", "GET", "/usr/bin/env A=1 true"),
+            ("!ps aux | head", "ps", "GET", "!ps aux | head"),
+            ("a.b-c_1=true", "a.b-c_1", "GET", "true"),
+        ):
+            with self.subTest(text=text):
+                found, command = streamlog._parse_command_argument(text)
+                self.assertEqual((found, command.method, command.command), (name, method, line))
+        for text in ("PUT:x=true", "=true", "-=true", "", "x="):
+            with self.subTest(text=text), self.assertRaises(ConfigError):
+                streamlog._parse_command_argument(text)
+
+
+class Diagnostics(unittest.TestCase):
+    def test_every_way_of_every_diagnostic_is_a_sound_command(self) -> None:
+        for name, about, ways in streamlog._DIAGNOSTICS:
+            self.assertRegex(name, streamlog._NAME)
+            for way in ways:
+                Command(way.replace("{python}", sys.executable).replace("{load}", "x"), about)
+
+    def test_only_what_this_machine_has_is_offered(self) -> None:
+        commands = dict(streamlog._diagnostics())
+        self.assertIn("disk", commands)
+        for name, command in commands.items():
+            with self.subTest(name=name):
+                self.assertFalse(streamlog._missing_program(command))
+
+    def test_a_container_with_hardly_any_program_still_gets_a_page(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"PATH": folder}):
+            commands = dict(streamlog._diagnostics())
+        self.assertIn("load", commands)
+        with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"PATH": folder}):
+            os.symlink("/bin/cat", f"{folder}/cat")
+            commands = dict(streamlog._diagnostics())
+        self.assertLessEqual({"load", "processes"}, set(commands))

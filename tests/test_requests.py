@@ -1,0 +1,249 @@
+"""Requests: which bytes are a request, and which are refused before anything is done for them."""
+
+from __future__ import annotations
+
+import unittest
+
+import streamlog
+from streamlog import Error, Request
+
+
+def parse(data: bytes) -> Request:
+    """Read a request as the server does, from all that has arrived."""
+    inbox = bytearray(data)
+    end = streamlog._find_head(inbox)
+    if not end:
+        raise EOFError
+    return streamlog._parse_head(bytes(inbox[:end]))
+
+
+def head(first: str = "GET / HTTP/1.1", *lines: str) -> bytes:
+    return "\r\n".join([first, "Host: localhost", *lines, "", ""]).encode("latin-1")
+
+
+class Heads(unittest.TestCase):
+    GOOD = [
+        (head(), ("GET", "/", "")),
+        (head("GET /a?b=c&d HTTP/1.1"), ("GET", "/a", "b=c&d")),
+        (head("GET /%61%2Fb HTTP/1.1"), ("GET", "/a/b", "")),
+        (head("GET /a%20b HTTP/1.0"), ("GET", "/a b", "")),
+        (head("get / HTTP/1.1"), ("get", "/", "")),
+        (head("OPTIONS * HTTP/1.1"), ("OPTIONS", "*", "")),
+        (head("GET http://localhost:8000/x?y HTTP/1.1"), ("GET", "/x", "y")),
+        (head("GET http://localhost HTTP/1.1"), ("GET", "/", "")),
+        (head("GET / HTTP/1.1", "X:", "Y: \t a b \t ", "Z: \xe9"), ("GET", "/", "")),
+        (head(f"GET /{'a' * 8000} HTTP/1.1"), ("GET", f"/{'a' * 8000}", "")),
+        (head("GET / HTTP/1.1", *[f"X-{n}: 1" for n in range(99)]), ("GET", "/", "")),
+    ]
+    BAD = [
+        (b"GET / HTTP/1.1\nHost: localhost\n\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nA: b\rC: d\r\n\r\n", 400),
+        (head("GET /"), 400),
+        (head("GET  / HTTP/1.1"), 400),
+        (head("GET /\tHTTP/1.1"), 400),
+        (head("GET\xa0/\xa0HTTP/1.1"), 400),
+        (head("GET / HTTP/1.1 "), 400),
+        (head(" GET / HTTP/1.1"), 400),
+        (head("GET /\xe9 HTTP/1.1"), 400),
+        (head("GET /a b HTTP/1.1"), 400),
+        (head("G(T / HTTP/1.1"), 400),
+        (head("GET / HTTP/11"), 400),
+        (head("GET / http/1.1"), 400),
+        (head("GET / HTTP/2.0"), 505),
+        (b"PRI * HTTP/2.0\r\n\r\n", 505),
+        (head("GET x HTTP/1.1"), 400),
+        (head("GET * HTTP/1.1"), 400),
+        (head("GET https://localhost/ HTTP/1.1"), 400),
+        (head("GET http://a@b/ HTTP/1.1"), 400),
+        (head("CONNECT localhost:80 HTTP/1.1"), 400),
+        (head("GET http://localhost?x HTTP/1.1"), 400),
+        (head("GET /#x HTTP/1.1"), 400),
+        (head("GET /% HTTP/1.1"), 400),
+        (head("GET /%4 HTTP/1.1"), 400),
+        (head("GET /%zz HTTP/1.1"), 400),
+        (head("GET /%ff HTTP/1.1"), 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.0\r\n\r\n", 400),
+        (head("GET / HTTP/1.1", "Host: localhost"), 400),
+        (b"GET / HTTP/1.1\r\nHost: a, b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a@b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost:\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a:b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
+        (head("GET / HTTP/1.1", "X : y"), 400),
+        (head("GET / HTTP/1.1", "X"), 400),
+        (head("GET / HTTP/1.1", ": y"), 400),
+        (head("GET / HTTP/1.1", " folded"), 400),
+        (head("GET / HTTP/1.1", "\tfolded"), 400),
+        (head("GET / HTTP/1.1", "X: a\0b"), 400),
+        (head("GET / HTTP/1.1", "X: a\x7fb"), 400),
+        (head("GET / HTTP/1.1", "X: a\x0bb"), 400),
+        (head("GET / HTTP/1.1", "X\xe9: a"), 400),
+        (head("GET / HTTP/1.1", "Content-Length: 1", "Content-Length: 1"), 400),
+        (head("GET / HTTP/1.1", "Origin: a", "Origin: b"), 400),
+        *(
+            (head("POST / HTTP/1.1", f"Content-Length: {n}"), 400)
+            for n in ("", "+5", "1_0", "-1", "0x5", "5, 5", "9" * 16, "\xb2")
+        ),
+        (head("POST / HTTP/1.1", "Transfer-Encoding: chunked"), 411),
+        (head("POST / HTTP/1.1", "Transfer-Encoding: \x0bchunked"), 400),
+        (head("POST / HTTP/1.1", "Transfer-Encoding: chunked", "Content-Length: 3"), 400),
+        (head("POST / HTTP/1.1", "Content-Length: 3", "Transfer-Encoding: chunked"), 400),
+        (head("GET / HTTP/1.1", *[f"X-{n}: 1" for n in range(100)]), 431),
+        (head("GET / HTTP/1.1", f"X: {'a' * 70000}"), 431),
+        (head(f"GET /{'a' * 17000} HTTP/1.1"), 414),
+        (b"\0\0\0\0\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
+    ]
+
+    def test_a_sound_request_is_read_whole_byte_by_byte_and_with_more_behind_it(self) -> None:
+        for data, expected in self.GOOD:
+            with self.subTest(data=data[:60]):
+                for given in (data, data + b"GET /next HTTP/1.1\r\n", data + b"\0\n"):
+                    request = parse(given)
+                    self.assertEqual((request.method, request.path, request.query), expected)
+                inbox = bytearray()
+                for at in range(len(data)):
+                    self.assertEqual(streamlog._find_head(inbox, max(0, at - 1)), 0)
+                    inbox.append(data[at])
+                self.assertEqual(streamlog._find_head(inbox, len(data) - 1), len(data))
+
+    def test_an_unsound_request_is_refused_whole_and_byte_by_byte(self) -> None:
+        for data, status in self.BAD:
+            with self.subTest(data=data[:80]):
+                with self.assertRaises(Error) as caught:
+                    parse(data)
+                self.assertEqual(caught.exception.status, status)
+                inbox = bytearray()
+                with self.assertRaises(Error) as caught:
+                    for at, byte in enumerate(data):
+                        inbox.append(byte)
+                        end = streamlog._find_head(inbox, at)
+                        if end:
+                            streamlog._parse_head(bytes(inbox[:end]))
+                self.assertEqual(caught.exception.status, status)
+
+    def test_a_head_without_its_empty_line_is_no_request(self) -> None:
+        for data in (b"", b"GET", b"GET / HTTP/1.1\r\nHost: localhost\r\nX", head()[:-1], head()[:-2]):
+            with self.subTest(data=data), self.assertRaises(EOFError):
+                parse(data)
+
+    def test_the_absolute_form_gives_the_host(self) -> None:
+        self.assertEqual(parse(head("GET http://evil.test/x HTTP/1.1")).host, "evil.test")
+
+    def test_a_host_is_given_without_its_port(self) -> None:
+        for host, expected in (("LOCALHOST:80", "localhost"), ("[::1]:80", "[::1]"), ("[::1]", "[::1]"), ("a", "a")):
+            request = parse(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            self.assertEqual(request.host, expected)
+
+    def test_connection_is_a_list_in_which_close_counts(self) -> None:
+        for value, version, closes in (
+            ("close", "1.1", True),
+            ("Close, TE", "1.1", True),
+            ("keep-alive,\tclose", "1.1", True),
+            ("keep-alive", "1.1", False),
+            ("closed", "1.1", False),
+            ("keep-alive", "1.0", True),
+        ):
+            with self.subTest(value=value, version=version):
+                self.assertEqual(parse(head(f"GET / HTTP/{version}", f"Connection: {value}")).wants_close, closes)
+
+    def test_accept_names_a_type_only_by_itself(self) -> None:
+        for value, names in (
+            ("text/html,application/xhtml+xml,*/*;q=0.8", True),
+            ("*/*", False),
+            ("text/*", False),
+            ("text/html;q=0", False),
+            ("text/html; q=0.0", False),
+            ("Text/HTML; q=0.5", True),
+            ("", False),
+        ):
+            with self.subTest(value=value):
+                self.assertEqual(parse(head("GET / HTTP/1.1", f"Accept: {value}")).names_type("text/html"), names)
+
+
+class Queries(unittest.TestCase):
+    def test_fields_are_decoded_once_blank_ones_and_repeats_included(self) -> None:
+        for query, expected in (
+            ("", []),
+            ("a=1&b=2", [("a", "1"), ("b", "2")]),
+            ("a=1&a=2", [("a", "1"), ("a", "2")]),
+            ("a", [("a", "")]),
+            ("a=&&b", [("a", ""), ("b", "")]),
+            ("a=b=c", [("a", "b=c")]),
+            ("a+b=c+d%2B", [("a b", "c d+")]),
+            ("a=%2541", [("a", "%41")]),
+            ("a=1;b=2", [("a", "1;b=2")]),
+            ("a=%C3%A9", [("a", "é")]),
+            ("a=%00", [("a", "\0")]),
+        ):
+            with self.subTest(query=query):
+                self.assertEqual(list(streamlog._parse_query(query)), expected)
+
+    def test_broken_encoding_is_refused(self) -> None:
+        for query in ("a=%", "a=%4", "%zz=1", "a=%ff", "a=%ed%a0%80"):
+            with self.subTest(query=query), self.assertRaises(Error):
+                list(streamlog._parse_query(query))
+
+
+class Hosts(unittest.TestCase):
+    """Access, as far as it is a matter of headers."""
+
+    def check(self, is_local: bool, first: str = "GET /x HTTP/1.1", *lines: str, host: str = "localhost:8000") -> bool:
+        data = "\r\n".join([first, f"Host: {host}", *lines, "", ""]).encode()
+        try:
+            streamlog.Access(is_local).check(parse(data))
+        except Error as error:
+            self.assertEqual(error.status, 403)
+            return False
+        return True
+
+    def test_only_names_that_nobody_else_controls_are_taken_for_this_server(self) -> None:
+        for host, locally, openly in (
+            ("localhost", True, True),
+            ("LOCALHOST.:1", True, True),
+            ("x.localhost", True, True),
+            ("127.0.0.1:9", True, True),
+            ("127.1.2.3", True, True),
+            ("[::1]:8000", True, True),
+            ("192.0.2.1", False, True),
+            ("[2001:db8::1]", False, True),
+            ("0.0.0.0", False, True),
+            ("evil.test", False, False),
+            ("localhost.evil.test", False, False),
+            ("127.0.0.1.evil.test", False, False),
+            ("2130706433", False, False),
+            (streamlog.socket.gethostname(), False, True),
+        ):
+            with self.subTest(host=host):
+                self.assertEqual(self.check(True, host=host), locally)
+                self.assertEqual(self.check(False, host=host), openly)
+
+    def test_the_absolute_form_cannot_smuggle_a_host_in(self) -> None:
+        self.assertFalse(self.check(True, "GET http://evil.test/x HTTP/1.1"))
+
+    def test_other_sites_pages_are_refused_for_every_method(self) -> None:
+        for lines, allowed in (
+            ([], True),
+            (["Sec-Fetch-Site: same-origin"], True),
+            (["Sec-Fetch-Site: none"], True),
+            (["Sec-Fetch-Site: same-site"], False),
+            (["Sec-Fetch-Site: cross-site"], False),
+            (["Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate"], False),
+            (["Sec-Fetch-Site: cross-site", "Origin: http://localhost:8000"], False),
+            (["Origin: http://localhost:8000"], True),
+            (["Origin: http://LOCALHOST:8000"], True),
+            (["Origin: http://localhost:9000"], False),
+            (["Origin: https://localhost:8000"], False),
+            (["Origin: http://evil.test"], False),
+            (["Origin: null"], False),
+            (["Origin:"], False),
+        ):
+            for method in ("GET", "POST", "HEAD", "OPTIONS"):
+                with self.subTest(lines=lines, method=method):
+                    self.assertEqual(self.check(True, f"{method} /x HTTP/1.1", *lines), allowed)
+
+    def test_the_index_may_be_opened_by_a_link_from_another_site(self) -> None:
+        self.assertTrue(self.check(True, "GET / HTTP/1.1", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate"))
+        self.assertFalse(self.check(True, "GET / HTTP/1.1", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors"))
