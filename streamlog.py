@@ -784,7 +784,7 @@ _SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", 1031 if sys.platform == "linux" 
 # How long a process may take to be gone after SIGKILL (it can be stuck in the kernel, on a dead network disk)
 # before its run is given up, and how often a group whose leader has gone is looked at: nothing tells of that by event.
 _ABANDON_SECONDS = 2.0
-_GROUP_CHECK_SECONDS = 0.02
+_GROUP_CHECK_SECONDS = 0.05
 
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
 
@@ -1083,17 +1083,14 @@ class Run:
 
     def _is_group_empty(self) -> bool:
         """Whether the group has gone; to be asked once its leader is reaped, who counts as long as he is not."""
-        with self._lock, contextlib.suppress(PermissionError):
+        with self._lock, contextlib.suppress(ChildProcessError, PermissionError):
             try:
                 os.killpg(self.pid, 0)
-                # Orphans come to us where we are process 1, and then they are ours to reap.
-                while os.waitpid(-self.pid, os.WNOHANG)[0]:
-                    pass
             except ProcessLookupError:
                 return True
-            except ChildProcessError:
+            while os.waitpid(-self.pid, os.WNOHANG)[0]:  # orphans come to us where we are process 1: reap them
                 pass
-        return self._is_number_reused()
+        return self._is_number_reused() or not _has_living_member(self.pid)
 
     def _abandon(self) -> None:
         """Give up on a group that SIGKILL does not end: its members are stuck in the kernel, or not ours to kill."""
@@ -1115,6 +1112,21 @@ class Run:
     def _close_output(self, descriptor: int) -> None:
         os.close(descriptor)
         del self.outputs[descriptor]
+
+
+def _has_living_member(group: int) -> bool:
+    """Whether anyone but zombies is in a process group; where there is no /proc, as on macOS, they do not count anyway.
+
+    An orphan's zombie is its group's until process 1 reaps it, which takes seconds in some containers, or for ever.
+    """
+    if not os.path.exists("/proc/self/stat"):
+        return True
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+            state, _parent, its_group = file.read().rpartition(b")")[2].split()[:3]
+            if int(its_group) == group and state not in (b"Z", b"X"):
+                return True
+    return False
 
 
 def _bytes_in_pipe(descriptor: int) -> int:
