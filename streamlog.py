@@ -1432,7 +1432,6 @@ _BODY_SECONDS = 30.0
 _REPLY_SECONDS = 30.0
 # More threads than this are of no use on one machine; and a descriptor limit above it is not asked for.
 _DESCRIPTORS_MAX = 65536
-_POLLRDHUP = getattr(select, "POLLRDHUP", 0)
 _COMMON_HEADERS = (
     ("Server", "streamlog"),
     ("X-Content-Type-Options", "nosniff"),
@@ -1465,9 +1464,8 @@ class _Client:
 
     @property
     def events(self) -> int:
-        """What to poll the socket for. With a full inbox no more is read, and the end shows where the system tells."""
-        has_room = len(self.inbox) < _HEAD_BYTES
-        return (select.POLLIN if has_room else _POLLRDHUP) | (select.POLLOUT if self.outbox else 0)
+        """What to poll the socket for."""
+        return select.POLLIN | (select.POLLOUT if self.outbox else 0)
 
     def turn(self, events: int) -> None:
         """Act on what poll has said of the socket."""
@@ -1505,8 +1503,10 @@ class _Client:
             self._lose()
 
     def _receive(self) -> None:
+        """Take in what has come. One who sends on and on while he is being answered is as good as gone: he cannot be
+        held back, for behind what is not read his leaving would not show."""
         try:
-            data = self.sock.recv(_RECEIVE_BYTES) if len(self.inbox) < _HEAD_BYTES else b""
+            data = self.sock.recv(_RECEIVE_BYTES) if len(self.inbox) <= _HEAD_BYTES else b""
         except BlockingIOError:
             return
         except OSError:
@@ -1686,13 +1686,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """
         client, closing = self._client, self._closing
         while not run.is_over:
-            watched = {} if client.is_gone else {client.fileno(): client.events}
+            watched = {client.fileno(): client.events}
+            if client.is_gone:
+                watched = {}
+                run.stop("client gone")
             if not run.reason:
                 watched[closing] = select.POLLIN
             ready = run.wait(watched, is_paused=bool(client.outbox))
             client.turn(ready.pop(client.fileno(), 0))
-            if client.is_gone:
-                run.stop("client gone")
             if ready.pop(closing, 0):
                 run.stop("the server is shutting down")
                 if self.server.is_killing:
@@ -1808,7 +1809,6 @@ class Server(http.server.ThreadingHTTPServer):
             self._evict()
             _poll({self.closing: select.POLLIN}, time.monotonic() + 0.1)
             return
-        self._is_short = False
         with contextlib.suppress(OSError):  # it may have been reset already
             _tune(sock, self.settings.keepalive_seconds)
         client = _Client(sock, address)
@@ -1825,6 +1825,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._clients[request] = thread
         try:
             thread.start()
+            self._is_short = False
         except RuntimeError as error:
             self._warn_once(error)
             with self._lock:
@@ -1853,6 +1854,8 @@ class Server(http.server.ThreadingHTTPServer):
         client.turn(select.POLLIN)
         headers = {"Content-Length": "0", "Retry-After": "1"}
         client.send(_head_bytes(503, headers, is_reusable=False))
+        with contextlib.suppress(OSError):
+            client.sock.shutdown(socket.SHUT_WR)
         client.close()
 
     def _evict(self) -> bool:

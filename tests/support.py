@@ -63,7 +63,7 @@ def resident_bytes(pid: Union[int, str] = "self") -> int:
 
 def children() -> set[int]:
     """The children of this process, zombies included."""
-    found = set()
+    found: set[int] = set()
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError):
             found.update(map(int, Path(f"/proc/self/task/{thread}/children").read_text().split()))
@@ -88,7 +88,11 @@ class Raw:
         self.sock.settimeout(15)
         if receive_buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.sock.connect(address)
+        try:
+            self.sock.connect(address)
+        except BaseException:
+            self.sock.close()
+            raise
         self.buffer = b""
 
     def __enter__(self) -> Raw:
@@ -235,7 +239,8 @@ class ServerCase(unittest.TestCase):
             if body:
                 headers = [*headers, f"Content-Length: {len(body)}"]
             client.get(path, method, headers, version)
-            client.send(body)
+            if body:
+                client.send(body)
             return client.read_answer(method)
 
     def python(self, script: str) -> str:

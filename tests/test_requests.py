@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import unittest
 
 import streamlog
@@ -214,7 +215,7 @@ class Hosts(unittest.TestCase):
             ("localhost.evil.test", False, False),
             ("127.0.0.1.evil.test", False, False),
             ("2130706433", False, False),
-            (streamlog.socket.gethostname(), False, True),
+            (socket.gethostname(), False, True),
         ):
             with self.subTest(host=host):
                 self.assertEqual(self.check(True, host=host), locally)

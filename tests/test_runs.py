@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -270,7 +271,7 @@ class Starts(RunCase):
         for target in ("subprocess.Popen", "os.pipe", "os.pidfd_open"):
             if target == "os.pidfd_open" and not hasattr(os, "pidfd_open"):
                 continue
-            for number in (streamlog.errno.EMFILE, streamlog.errno.EAGAIN, streamlog.errno.ENOMEM):
+            for number in (errno.EMFILE, errno.EAGAIN, errno.ENOMEM):
                 with self.subTest(target=target, number=number), self.assertRaises(Error) as caught:
                     with mock.patch(target, side_effect=OSError(number, os.strerror(number))):
                         self.run_("sleep 300")
@@ -311,7 +312,7 @@ class Flow(RunCase):
         sizes = []
         while not run.is_over:
             for descriptor in run.wait({}):
-                sizes.append(len(run.read(descriptor)))
+                sizes += [len(run.read(descriptor))]
         self.assertLessEqual(sizes[0], streamlog._BLOCK_MIN_BYTES)
         self.assertGreater(max(sizes), 64 * 1024)
         self.assertLessEqual(max(sizes), streamlog._BLOCK_MAX_BYTES)

@@ -1,0 +1,830 @@
+"""The server over real sockets: streaming, endings, connections, limits and clients that behave badly."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import streamlog
+from streamlog import Command
+
+from .support import IS_ROOT, ROOT, SOAK, Raw, ServerCase, descriptors, is_alive, pids_in, resident_bytes, wait_until
+
+BROWSER = "Accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+
+
+class Answers(ServerCase):
+    def test_a_run_is_a_live_chunked_answer_with_the_exit_code_as_its_trailer(self) -> None:
+        answer = self.fetch(self.serve({"x": "!echo hi; exit 3"}), "/x")
+        self.assertEqual((answer.status, answer.body, answer.trailers), (200, b"hi\n", {"Exit-Code": "3"}))
+        for name, value in (
+            ("content-type", "text/plain; charset=utf-8"),
+            ("x-content-type-options", "nosniff"),
+            ("cache-control", "no-cache, no-store"),
+            ("x-accel-buffering", "no"),
+            ("transfer-encoding", "chunked"),
+            ("trailer", "Exit-Code"),
+            ("vary", "Accept"),
+        ):
+            self.assertEqual(answer.headers.get(name), value)
+
+    def test_http_1_0_gets_the_same_ended_by_close(self) -> None:
+        answer = self.fetch(self.serve({"x": "echo hi"}), "/x", version="1.0")
+        self.assertEqual((answer.status, answer.body, answer.is_whole), (200, b"hi\n", True))
+        self.assertNotIn("transfer-encoding", answer.headers)
+        self.assertNotIn("trailer", answer.headers)
+        self.assertEqual(answer.headers["connection"], "close")
+
+    def test_a_run_that_the_server_ends_is_cut_with_a_last_line(self) -> None:
+        server = self.serve({"x": Command("!printf a; sleep 300", timeout=0.2)})
+        answer = self.fetch(server, "/x")
+        self.assertRegex(answer.body, rb"^a\n\[stopped: timeout after 0\.2 s, 0\.[0-9] s\]\n$")
+        self.assertFalse(answer.is_whole)
+        self.assertEqual(self.fetch(server, "/x?footer=0").body, b"a")
+
+    def test_a_cut_answer_of_http_1_0_ends_in_a_reset(self) -> None:
+        answer = self.fetch(self.serve({"x": "sleep 300"}, timeout_seconds=0.2), "/x", version="1.0")
+        self.assertFalse(answer.is_whole)
+
+    def test_a_person_at_a_browser_gets_a_footer_and_curl_does_not(self) -> None:
+        server = self.serve({"x": "!printf a", "csv": Command("echo a", type="text/csv")})
+        footer = rb"a\n\[exit 0, 0\.[0-9] s\]\n"
+        for path, headers, expected in (
+            ("/x", [], rb"a"),
+            ("/x", ["Accept: */*"], rb"a"),
+            ("/x", [BROWSER], footer),
+            ("/x?footer=0", [BROWSER], rb"a"),
+            ("/x?footer=1", [], footer),
+            ("/csv", [BROWSER], rb"a\n"),
+            ("/csv?footer=1", [], rb"a\n"),
+        ):
+            with self.subTest(path=path, headers=headers):
+                self.assertRegex(self.fetch(server, path, headers=headers).body, rb"^" + expected + rb"$")
+        self.assertEqual(self.fetch(server, "/csv").headers["content-type"], "text/csv")
+        self.assertEqual(self.fetch(server, "/x?footer=2").status, 400)
+
+    def test_errors_are_one_sentence_of_plain_text_and_run_nothing(self) -> None:
+        mark = self.folder / "mark"
+        server = self.serve(
+            {
+                "get": f"!echo {{x:int=1}} {{y=a}} >> {mark}",
+                "post": Command(f"!echo {{x:int}} >> {mark}", method="POST"),
+                "missing": "no-such-program",
+            }
+        )
+        for method, path, status, told in (
+            ("GET", "/nothing", 404, "there is nothing at '/nothing'; the commands are: get, post, missing"),
+            ("GET", "/get/", 404, "nothing at '/get/'"),
+            ("GET", "/GET", 404, "nothing at '/GET'"),
+            ("GET", "/%67et%00", 404, r"nothing at '/get\x00'"),
+            ("GET", "//get", 404, "nothing at '//get'"),
+            ("GET", "/-/nothing", 404, "nothing at"),
+            ("GET", "/get?z=1", 400, "'get' has no parameter 'z'; known are: x, y, footer"),
+            ("GET", "/get?x=1&x=2", 400, "parameter 'x' of 'get' is given twice"),
+            ("GET", "/get?footer=1&footer=1", 400, "parameter 'footer' of 'get' is given twice"),
+            ("GET", "/get?x=a", 400, "parameter 'x' of 'get' must be int: 'a'"),
+            ("GET", "/get?y=-v", 400, "parameter 'y' of 'get' must not begin with '-': '-v'"),
+            ("GET", "/get?x", 400, "parameter 'x' of 'get' must be int: ''"),
+            ("GET", "/get?%zz", 400, "must be followed by two hexadecimal digits"),
+            ("HEAD", "/get?x=a", 400, ""),
+            ("POST", "/get", 405, "/get takes GET, HEAD, OPTIONS, not POST"),
+            ("BREW", "/get", 405, "not BREW"),
+            ("GET", "/post", 405, "/post takes OPTIONS, POST, not GET"),
+            ("HEAD", "/post", 405, ""),
+            ("POST", "/post", 400, "parameter 'x' of 'post' is required"),
+            ("PUT", "/", 405, "/ takes"),
+            ("GET", "/missing", 500, "cannot start 'no-such-program': No such file or directory"),
+        ):
+            with self.subTest(method=method, path=path):
+                answer = self.fetch(server, path, method)
+                self.assertEqual(answer.status, status)
+                self.assertIn(told, answer.body.decode())
+                self.assertEqual(answer.body.count(b"\n"), 1 if told else 0)
+                self.assertEqual(answer.headers["content-type"], "text/plain; charset=utf-8")
+                if status == 405:
+                    self.assertIn("OPTIONS", answer.headers["allow"])
+        self.assertFalse(mark.exists())
+
+    def test_head_and_options_run_nothing(self) -> None:
+        mark = self.folder / "mark"
+        server = self.serve({"x": f"touch {mark}", "p": Command(f"touch {mark}", method="POST")})
+        head = self.fetch(server, "/x", "HEAD")
+        self.assertEqual((head.status, head.headers["content-type"]), (200, "text/plain; charset=utf-8"))
+        for path, allow in (("/x", "GET, HEAD, OPTIONS"), ("/p", "OPTIONS, POST"), ("/", "GET, HEAD, OPTIONS")):
+            answer = self.fetch(server, path, "OPTIONS")
+            self.assertEqual((answer.status, answer.headers["allow"], answer.body), (204, allow, b""))
+        with self.connect(server) as client:
+            client.send(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertEqual(client.read_answer("OPTIONS").status, 204)
+        self.assertFalse(mark.exists())
+
+    def test_every_answer_carries_the_headers_that_keep_a_browser_in_bounds(self) -> None:
+        server = self.serve({"x": "true"})
+        for path in ("/", "/x", "/nothing", "/x?a=b"):
+            headers = self.fetch(server, path).headers
+            for name, value in (
+                ("x-content-type-options", "nosniff"),
+                ("x-frame-options", "SAMEORIGIN"),
+                ("referrer-policy", "no-referrer"),
+                ("cache-control", "no-cache, no-store"),
+            ):
+                self.assertEqual(headers.get(name), value)
+
+    def test_the_health_address_says_two_bytes(self) -> None:
+        self.assertEqual(self.fetch(self.serve({}), "/-/healthy").body, b"ok")
+
+
+class Forms(ServerCase):
+    FORM = "Content-Type: application/x-www-form-urlencoded"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.server = self.serve({"p": Command("echo {a} {b:text=none}", method="POST")})
+
+    def test_a_form_s_fields_are_parameters(self) -> None:
+        for body in (b"a=1&b=x+y%21", b"b=x+y%21&a=1"):
+            answer = self.fetch(self.server, "/p", "POST", [self.FORM + "; charset=utf-8"], body)
+            self.assertEqual((answer.status, answer.body), (200, b"1 x y!\n"))
+        self.assertEqual(self.fetch(self.server, "/p?a=1", "POST", [self.FORM], b"b=z").body, b"1 z\n")
+        self.assertEqual(self.fetch(self.server, "/p?a=1", "POST").body, b"1 none\n")
+
+    def test_what_is_no_form_is_refused(self) -> None:
+        for headers, path, body, status in (
+            ([self.FORM], "/p?a=1", b"a=2", 400),
+            ([self.FORM], "/p", b"a=\xff", 400),
+            ([self.FORM], "/p", b"a=1&c=2", 400),
+            (["Content-Type: multipart/form-data; boundary=x"], "/p", b"a=1", 415),
+            (["Content-Type: application/json"], "/p", b"{}", 415),
+            ([], "/p", b"a=1", 415),
+            ([self.FORM], "/p", b"a=" + b"1" * 70_000, 413),
+            ([self.FORM, "Expect: 200-ok"], "/p", b"a=1", 417),
+            ([self.FORM, "Transfer-Encoding: chunked"], "/p", b"", 411),
+        ):
+            with self.subTest(headers=headers, body=body[:10]):
+                self.assertEqual(self.fetch(self.server, path, "POST", headers, body).status, status)
+
+    def test_a_body_that_is_waited_for_is_asked_for_only_once_all_else_is_right(self) -> None:
+        with self.connect(self.server) as client:
+            client.get("/p", "POST", [self.FORM, "Expect: 100-continue", "Content-Length: 3"])
+            self.assertEqual(client.read_head()[0], 100)
+            client.send(b"a=1")
+            self.assertEqual(client.read_answer().body, b"1 none\n")
+        for path, length, status in (("/none", 3, 404), ("/p", 10**9, 413)):
+            with self.connect(self.server) as client:
+                client.get(path, "POST", [self.FORM, "Expect: 100-continue", f"Content-Length: {length}"])
+                self.assertEqual(client.read_answer().status, status)
+
+    def test_an_aborted_form_runs_nothing(self) -> None:
+        with self.assertLogs("streamlog") as logged, self.connect(self.server) as client:
+            client.get("/p?a=1", "POST", [self.FORM, "Content-Length: 100"])
+            client.send(b"b=2")
+            client.sock.shutdown(socket.SHUT_WR)
+            self.assertTrue(client.is_closed())
+            self.assertEqual(client.buffer, b"")
+            streamlog._log.info("end")
+        self.assertEqual(len(logged.output), 1)
+
+    def test_a_body_where_none_belongs_is_not_taken_for_the_next_request(self) -> None:
+        smuggled = b"GET /p HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for path, method in (("/p", "POST"), ("/none", "POST"), ("/", "GET"), ("/", "OPTIONS"), ("/p", "HEAD")):
+            with self.subTest(path=path, method=method), self.connect(self.server) as client:
+                client.get(path, method, [f"Content-Length: {len(smuggled)}"])
+                client.send(smuggled)
+                self.assertEqual(client.read_answer(method).headers.get("connection"), "close")
+                self.assertTrue(client.is_closed())
+                self.assertEqual(client.buffer.count(b"HTTP/1.1"), 0)
+
+    def test_an_early_refusal_of_a_long_upload_can_be_read(self) -> None:
+        for _ in range(5):
+            with self.connect(self.server) as client:
+                client.get("/none", "POST", [self.FORM, "Content-Length: 100000000"])
+                client.sock.settimeout(0.5)
+                with contextlib.suppress(OSError):
+                    for _ in range(20):
+                        client.send(bytes(1_000_000))
+                client.sock.settimeout(5)
+                self.assertEqual(client.read_answer().status, 404)
+
+
+class Index(ServerCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.server = self.serve(
+            {
+                "logs": Command("tail -n {lines:int=100} {file:syslog|auth.log} {<}", about="Follow <a> log"),
+                "go": Command("true {unit} {note:text=a b}", method="POST"),
+                "stop": Command("true", method="POST"),
+            }
+        )
+
+    def test_curl_gets_a_line_for_each_command(self) -> None:
+        answer = self.fetch(self.server, "/")
+        self.assertEqual(answer.headers["content-type"], "text/plain; charset=utf-8")
+        text = answer.body.decode()
+        self.assertIn("# Follow <a> log\ncurl -N 'http://localhost/logs?lines=100&file=syslog'\n", text)
+        self.assertIn("curl -N -d 'unit=UNIT&note=a+b' http://localhost/go\n", text)
+        self.assertIn("curl -N -X POST http://localhost/stop\n", text)
+
+    def test_json_tells_all_that_a_program_needs(self) -> None:
+        answer = self.fetch(self.server, "/", headers=["Accept: application/json"])
+        self.assertEqual(answer.headers["content-type"], "application/json")
+        logs = json.loads(answer.body)["commands"][0]
+        self.assertEqual((logs["name"], logs["method"], logs["url"]), ("logs", "GET", "http://localhost/logs"))
+        lines, file = logs["parameters"]
+        self.assertEqual(lines, {"name": "lines", "type": "int", "choices": [], "default": "100", "required": False})
+        self.assertEqual((file["choices"], file["required"]), (["syslog", "auth.log"], True))
+
+    def test_a_browser_gets_a_page_of_forms(self) -> None:
+        answer = self.fetch(self.server, "/", headers=[BROWSER])
+        self.assertEqual(answer.headers["content-type"], "text/html; charset=utf-8")
+        self.assertIn("default-src 'none'", answer.headers["content-security-policy"])
+        page = answer.body.decode()
+        self.assertIn("Follow &lt;a&gt; log", page)
+        self.assertIn('<form action="/logs" method="get">', page)
+        self.assertIn('<input name="lines" value="100">', page)
+        self.assertIn('<select name="file" required><option>syslog</option>', page)
+        self.assertIn('<input name="unit" value="" required>', page)
+        self.assertNotIn("<script", page)
+
+    def test_the_lines_that_are_printed_can_be_run(self) -> None:
+        if not shutil.which("curl"):
+            self.skipTest("curl is not installed")
+        server = self.serve({"a": "echo {x:text=it's $HOME}", "b": Command("echo {x}", method="POST")})
+        with self.connect(server) as client:
+            client.send(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+            text = client.read_answer().body.decode()
+        lines = "\n".join(line for line in text.splitlines() if line.startswith("curl"))
+        self.assertEqual(subprocess.run(["sh", "-c", lines], capture_output=True).stdout, b"it's $HOME\nX\n")
+
+
+class Streaming(ServerCase):
+    def test_a_byte_comes_while_the_command_goes_on(self) -> None:
+        server = self.serve(
+            {"x": self.python("import time\nfor c in 'abc':\n    print(c, end=''); time.sleep(0.3)\ninput()")}
+        )
+        with self.connect(server) as client:
+            client.get("/x")
+            client.read_head()
+            times = []
+            for expected in (b"a", b"b", b"c"):
+                self.assertEqual(client.read_chunk(), expected)
+                times.append(time.monotonic())
+        self.assertTrue(0.2 < times[1] - times[0] < 0.6 and 0.2 < times[2] - times[1] < 0.6, times)
+
+    def test_the_head_comes_before_any_output(self) -> None:
+        server = self.serve({"x": "sleep 300"})
+        with self.connect(server) as client:
+            started = time.monotonic()
+            client.get("/x")
+            self.assertEqual(client.read_head()[0], 200)
+            self.assertLess(time.monotonic() - started, 1)
+
+    def test_a_megabyte_at_once_comes_in_few_chunks(self) -> None:
+        server = self.serve({"x": "dd if=/dev/zero bs=1M count=8 status=none"})
+        with self.connect(server) as client:
+            client.get("/x")
+            client.read_head()
+            sizes = [len(chunk) for chunk in iter(client.read_chunk, None)]
+        self.assertEqual(sum(sizes), 8 << 20)
+        self.assertGreater(max(sizes), 65536)
+
+    def test_a_short_answer_does_not_wait_for_a_delayed_acknowledgement(self) -> None:
+        server = self.serve({"x": "echo x"})
+        with self.connect(server) as client:
+            client.get("/x")
+            client.read_answer()
+            started = time.monotonic()
+            for _ in range(20):
+                client.get("/x")
+                client.read_answer()
+            self.assertLess((time.monotonic() - started) / 20, 0.03)
+
+    def test_two_hundred_clients_at_once_each_get_their_own(self) -> None:
+        server = self.serve({"x": "!echo {n:int}; sleep 0.2; echo {n}"}, max_runs=200)
+        clients = [self.connect(server) for _ in range(200)]
+        for number, client in enumerate(clients):
+            client.get(f"/x?n={number}")
+        for number, client in enumerate(clients):
+            self.assertEqual(client.read_answer().body, b"%d\n%d\n" % (number, number))
+            client.sock.close()
+
+    def test_a_reader_that_stops_reading_holds_its_own_command_and_nothing_else(self) -> None:
+        server = self.serve({"yes": "yes", "x": "echo x"})
+        with self.connect(server, receive_buffer=4096) as stuck:
+            stuck.get("/yes")
+            stuck.read_head()
+            wait_until(lambda: self.is_blocked(server), "the command is held back")
+            before = resident_bytes()
+            for _ in range(20):
+                self.assertEqual(self.fetch(server, "/x").body, b"x\n")
+            self.assertLess(resident_bytes() - before, 4 << 20)
+            self.assertTrue(stuck.more())
+
+    def is_blocked(self, server: streamlog.Server) -> bool:
+        """Whether a client of the server has not taken all that was sent to it."""
+        return any(client.outbox for client in list(server._clients))
+
+    def test_a_slow_reader_gets_all_of_it_in_the_end(self) -> None:
+        server = self.serve({"x": "!seq 1 2000000; sleep 300 & exit 2"}, drain_seconds=0.2)
+        with self.connect(server, receive_buffer=4096) as client:
+            client.get("/x")
+            client.read_head()
+            wait_until(lambda: self.is_blocked(server), "the command is held back")
+            client.buffer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + client.buffer
+            answer = client.read_answer()
+        self.assertEqual(answer.body, b"".join(b"%d\n" % n for n in range(1, 2000001)))
+        self.assertEqual(answer.trailers, {"Exit-Code": "2"})
+
+    def test_pipelined_requests_are_answered_one_after_the_other(self) -> None:
+        server = self.serve({"x": "!echo {n:int}; sleep 0.1"})
+        with self.connect(server) as client:
+            for number in range(5):
+                client.get(f"/x?n={number}")
+            for number in range(5):
+                self.assertEqual(client.read_answer().body, b"%d\n" % number)
+
+    def test_a_client_that_sends_far_ahead_is_let_go_at_the_bound(self) -> None:
+        server = self.serve({"x": "sleep 300"})
+        with self.connect(server) as client:
+            client.get("/x")
+            client.read_head()
+            (held,) = server._clients
+            with self.assertRaises(OSError):
+                while True:
+                    client.send(bytes(1 << 20))
+                    self.assertLessEqual(len(held.inbox), 2 * streamlog._HEAD_BYTES)
+            wait_until(lambda: not server._clients, "it is let go", 1)
+
+
+class Departures(ServerCase):
+    def test_a_silent_command_is_stopped_within_a_second_of_its_client_s_leaving(self) -> None:
+        server = self.serve({"x": "!sleep 300 & echo $$ $!; wait"})
+        for leave in ("close", "shutdown", "reset"):
+            with self.subTest(leave=leave), self.assertLogs("streamlog") as logged:
+                client = self.connect(server)
+                client.get("/x")
+                client.read_head()
+                pids = list(pids_in(client.read_chunk() or b""))
+                self.assertEqual(len(pids), 2)
+                started = time.monotonic()
+                if leave == "reset":
+                    client.reset()
+                elif leave == "close":
+                    client.sock.close()
+                else:
+                    client.sock.shutdown(socket.SHUT_WR)
+                wait_until(lambda pids=pids: not any(map(is_alive, pids)), "both are gone", 1)  # type: ignore[misc]
+                self.assertLess(time.monotonic() - started, 1)
+                wait_until(lambda: logged.output, "it is logged")
+                self.assertIn("exit=143", logged.output[0])
+                self.assertIn('end="client gone"', logged.output[0])
+
+    def test_a_client_that_leaves_while_it_is_stuck_is_noticed_too(self) -> None:
+        server = self.serve({"x": "yes"})
+        client = self.connect(server, receive_buffer=4096)
+        client.get("/x")
+        client.read_head()
+        (held,) = server._clients
+        wait_until(lambda: held.outbox, "the command is held back")
+        pid = held.run.pid if held.run else 0
+        client.reset()
+        wait_until(lambda: not is_alive(pid), "yes is gone", 1)
+
+    def test_a_command_that_cleans_up_may_print_after_its_client_has_left(self) -> None:
+        note = self.folder / "note"
+        script = f"!trap 'seq 1 100000; echo done > {note}; exit' TERM; echo; while :; do sleep 0.05; done"
+        server = self.serve({"x": script})
+        client = self.connect(server)
+        client.get("/x")
+        client.read_head()
+        client.read_chunk()
+        client.sock.close()
+        wait_until(note.exists, "the command has cleaned up")
+
+    def test_a_head_that_is_never_finished_runs_nothing(self) -> None:
+        mark = self.folder / "mark"
+        server = self.serve({"x": f"touch {mark}"})
+        for data in (
+            b"",
+            b"GET",
+            b"GET /x HTTP/1.1\r\nHost: localhost\r\nX-Tok",
+            b"GET /x HTTP/1.1\r\nHost: localhost\r\n",
+        ):
+            with self.subTest(data=data), self.connect(server) as client:
+                client.send(data)
+                client.sock.shutdown(socket.SHUT_WR)
+                self.assertTrue(client.is_closed())
+                self.assertEqual(client.buffer, b"")
+        self.assertFalse(mark.exists())
+
+    def test_heads_and_idle_connections_have_their_time(self) -> None:
+        server = self.serve({}, head_seconds=0.2, idle_seconds=0.6)
+        with self.connect(server) as slow, self.connect(server) as idle:
+            started = time.monotonic()
+            slow.send(b"GET")
+            self.assertEqual(slow.read_answer().status, 408)
+            self.assertLess(time.monotonic() - started, 0.55)
+            self.assertTrue(idle.is_closed())
+            self.assertEqual(idle.buffer, b"")
+            self.assertLess(time.monotonic() - started, 2)
+
+    def test_a_form_that_never_comes_has_its_time(self) -> None:
+        server = self.serve({"p": Command("true", method="POST")})
+        with mock.patch.object(streamlog, "_BODY_SECONDS", 0.2), self.connect(server) as client:
+            client.get("/p", "POST", [Forms.FORM, "Content-Length: 5"])
+            self.assertEqual(client.read_answer().status, 408)
+
+    @unittest.skipUnless(IS_ROOT and shutil.which("ip"), "needs root and ip(8) for a network that can be cut")
+    def test_a_client_that_vanishes_is_noticed_by_probes(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.vanish"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+        if done.returncode == 77:
+            self.skipTest(done.stdout)
+        self.assertEqual((done.returncode, done.stdout), (0, "gone\n"), done.stderr)
+
+    def test_clients_that_misbehave_print_no_traceback_and_hurt_nobody(self) -> None:
+        server = self.serve({"yes": "yes", "sleep": "sleep 300", "x": "echo x"})
+        dice = random.Random(1)
+        heads = [
+            b"GET /yes",
+            b"GET /sleep",
+            b"GET /x",
+            b"\0\xff" * 20,
+            b"POST /x",
+            b"\r\n\r\n\r\n",
+            b"GET / HTTP/9.9\r\n\r\n",
+        ]
+        with self.assertLogs("streamlog") as logged:
+            for _ in range(SOAK):
+                client = self.connect(server)
+                client.send(dice.choice(heads))
+                if dice.random() < 0.7:
+                    client.send(b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                if dice.random() < 0.5:
+                    client.sock.settimeout(0.02)
+                    with contextlib.suppress(OSError):
+                        client.more()
+                (client.reset if dice.random() < 0.5 else client.sock.close)()
+            wait_until(lambda: not server._clients, "all are gone")
+            self.assertEqual(self.fetch(server, "/x").body, b"x\n")
+        self.assertFalse([line for line in logged.output if "Traceback" in line or "INFO" not in line])
+
+
+class Limits(ServerCase):
+    def test_one_run_more_than_the_limit_is_told_to_come_again(self) -> None:
+        server = self.serve({"x": Command("sleep 300", max=1), "y": "sleep 300"}, max_runs=2)
+        with self.connect(server) as first, self.connect(server) as second:
+            first.get("/x")
+            first.read_head()
+            answer = self.fetch(server, "/x")
+            self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "1"))
+            self.assertIn(b"'x' is running 1 times", answer.body)
+            second.get("/y")
+            second.read_head()
+            self.assertIn(b"2 commands are running", self.fetch(server, "/y").body)
+        wait_until(lambda: not any(server.site._runs.values()), "the slots are free")
+        with self.connect(server) as third:
+            third.get("/x")
+            self.assertEqual(third.read_head()[0], 200)
+
+    def test_the_slot_is_free_once_the_client_knows_the_end(self) -> None:
+        server = self.serve({"x": Command("true", max=1)})
+        for _ in range(50):
+            self.assertEqual(self.fetch(server, "/x").status, 200)
+
+    def test_a_command_that_cannot_start_gives_its_slot_back(self) -> None:
+        server = self.serve({"x": Command("no-such-program", max=1)})
+        for _ in range(3):
+            self.assertEqual(self.fetch(server, "/x").status, 500)
+
+    def test_the_longest_idle_connection_makes_room_for_a_new_one(self) -> None:
+        server = self.serve({"x": "!echo; sleep 300"})
+        server._client_max = 3
+        with self.connect(server) as busy:
+            busy.get("/x")
+            busy.read_head()
+            idle = []
+            for _ in range(2):
+                client = self.connect(server)
+                client.get("/")
+                client.read_answer()
+                idle.append(client)
+            self.assertEqual(self.fetch(server, "/-/healthy").body, b"ok")
+            self.assertTrue(idle[0].is_closed())
+            idle[1].get("/-/healthy")
+            self.assertEqual(idle[1].read_answer().body, b"ok")
+            self.assertTrue(busy.read_chunk())
+
+    def test_where_every_connection_is_busy_a_new_one_is_refused(self) -> None:
+        server = self.serve({"x": "!echo; sleep 300"})
+        server._client_max = 2
+        with self.connect(server) as one, self.connect(server) as two:
+            for client in (one, two):
+                client.get("/x")
+                client.read_head()
+                client.read_chunk()
+            answer = self.fetch(server, "/")
+            self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "1"))
+
+    def test_an_evicted_connection_does_not_run_what_it_asked_for_meanwhile(self) -> None:
+        mark = self.folder / "mark"
+        server = self.serve({"x": f"touch {mark}"})
+        with self.connect(server) as client:
+            (held,) = wait_until(lambda: list(server._clients), "it is connected")
+            held.is_evicted = True
+            client.get("/x")
+            self.assertTrue(client.is_closed())
+        self.assertFalse(mark.exists())
+
+    def test_a_thread_that_cannot_start_costs_its_connection_only(self) -> None:
+        server = self.serve({"x": "echo x"})
+        real = threading.Thread.start
+
+        def start(thread: threading.Thread) -> None:
+            if thread.name == "streamlog":
+                raise RuntimeError("can't start new thread")
+            real(thread)
+
+        with mock.patch.object(threading.Thread, "start", start), self.assertLogs("streamlog", "WARNING") as logged:
+            for _ in range(3):
+                self.assertEqual(self.fetch(server, "/x").status, 503)
+        self.assertEqual(len(logged.output), 1)
+        self.assertEqual(self.fetch(server, "/x").body, b"x\n")
+
+    def test_a_bug_in_an_answer_costs_its_connection_only(self) -> None:
+        server = self.serve({"x": "yes"})
+        with mock.patch.object(streamlog.Text, "feed", side_effect=ZeroDivisionError):
+            with self.assertLogs("streamlog", "ERROR") as logged:
+                self.assertFalse(self.fetch(server, "/x").is_whole)
+                wait_until(lambda: not server._clients, "it is gone")
+        self.assertIn("ZeroDivisionError", logged.output[0])
+        wait_until(lambda: not any(server.site._runs.values()), "the slot is free")
+
+    def test_a_header_is_never_broken_out_of(self) -> None:
+        for value in ("a\r\nb", "a\nb", "a\0", "\x85"):
+            with self.assertRaises(ValueError):
+                streamlog._head_bytes(200, {"X": value}, True)
+
+
+class Log(ServerCase):
+    def line(self, server: streamlog.Server, data: bytes) -> str:
+        with self.assertLogs("streamlog") as logged, self.connect(server) as client:
+            client.send(data)
+            client.read_answer()
+            wait_until(lambda: logged.output, "it is logged")
+        return logged.output[0].split(":", 2)[2]
+
+    def test_a_request_is_one_line_with_its_end(self) -> None:
+        server = self.serve({"x": "!printf abc; exit 3", "t": Command("sleep 300", timeout=0.1)})
+        for path, expected in (
+            ("/x", r'request="GET /x HTTP/1.1" status=200 exit=3 bytes=3 seconds=0\.[0-9]{3} end="exit"'),
+            ("/t?footer=0", r'status=200 exit=143 bytes=0 seconds=0\.[0-9]{3} end="timeout after 0\.1 s"'),
+            ("/y", r'status=404 exit=- bytes=[0-9]+ seconds=0\.[0-9]{3} end="answered"'),
+        ):
+            with self.subTest(path=path):
+                line = self.line(server, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+                self.assertRegex(line, r"^client=127\.0\.0\.1:[0-9]+ .*" + expected + "$")
+
+    def test_nothing_a_client_sends_breaks_a_line_or_drives_a_terminal(self) -> None:
+        line = self.line(self.serve({}), b'GET /\x1b[31m"\\\x9b\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n')
+        self.assertIn(r'request="GET /\x1b[31m\x22\x5c\x9b\x00 HTTP/1.1" status=400', line)
+        line = self.line(self.serve({}), b"A" * 60_000 + b"\r\n\r\n")
+        self.assertLess(len(line), 1200)
+
+
+class Closings(ServerCase):
+    def test_close_cuts_what_runs_tells_the_client_and_frees_the_port(self) -> None:
+        server = self.serve({"x": "!echo $$; sleep 300"})
+        with self.connect(server) as client, self.connect(server) as idle:
+            client.get("/x")
+            client.buffer = b""
+            head = client.read_until(b"\r\n\r\n")
+            (pid,) = pids_in(client.read_chunk() or b"")
+            started = time.monotonic()
+            server.close()
+            self.assertLess(time.monotonic() - started, 1.5)
+            self.assertFalse(is_alive(pid))
+            client.buffer = head + client.buffer
+            answer = client.read_answer()
+            self.assertRegex(answer.body, rb"\[stopped: the server is shutting down, ")
+            self.assertFalse(answer.is_whole)
+            self.assertTrue(idle.is_closed())
+        server.close()
+        with self.assertRaises(ConnectionRefusedError):
+            self.connect(server)
+
+    def test_a_command_that_ignores_sigterm_does_not_hold_up_a_close(self) -> None:
+        server = self.serve({"x": "!trap '' TERM; echo $$; while :; do sleep 0.05; done"}, grace_seconds=0.5)
+        clients = [self.connect(server) for _ in range(20)]
+        pids: list[int] = []
+        for client in clients:
+            client.get("/x")
+            client.read_head()
+            pids += pids_in(client.read_chunk() or b"")
+        started = time.monotonic()
+        server.close()
+        self.assertLess(time.monotonic() - started, 0.5 + 1)
+        self.assertFalse(any(map(is_alive, pids)))
+
+    def test_a_client_that_does_not_read_does_not_hold_up_a_close(self) -> None:
+        server = self.serve({"yes": "yes", "much": "head -c 9000000 /dev/zero"})
+        for path in ("/yes", "/much"):
+            client = self.connect(server, receive_buffer=4096)
+            client.get(path)
+            client.read_head()
+        wait_until(lambda: all(held.outbox for held in list(server._clients)), "both are held back")
+        started = time.monotonic()
+        server.close()
+        self.assertLess(time.monotonic() - started, 3)
+
+    def test_kill_ends_without_grace(self) -> None:
+        server = self.serve({"x": "!trap '' TERM; echo; while :; do sleep 0.05; done"}, grace_seconds=60)
+        with self.connect(server) as client:
+            client.get("/x")
+            client.read_head()
+            client.read_chunk()
+            started = time.monotonic()
+            server.kill()
+            server.close()
+            self.assertLess(time.monotonic() - started, 1)
+
+    def test_a_server_is_a_context_and_serves_again_on_the_same_port(self) -> None:
+        with streamlog.Server({}, streamlog.Settings(port=0)).start() as server:
+            self.assertEqual(self.fetch(server, "/-/healthy").body, b"ok")
+            self.assertEqual(server.url, f"http://127.0.0.1:{server.port}")
+        with streamlog.Server({}, streamlog.Settings(port=server.port)).start() as again:
+            self.assertEqual(self.fetch(again, "/-/healthy").body, b"ok")
+
+    def test_a_bad_address_raises_and_leaves_nothing(self) -> None:
+        with streamlog.Server({}, streamlog.Settings(port=0)) as server:
+            with self.assertRaises(OSError) as caught:
+                streamlog.Server({}, streamlog.Settings(port=server.port))
+            self.assertEqual(caught.exception.errno, errno.EADDRINUSE)
+        with self.assertRaises(OSError):
+            streamlog.Server({}, streamlog.Settings(bind="no.such.host.invalid", port=0))
+
+    def test_others_are_not_let_in_unless_that_is_said(self) -> None:
+        with self.assertRaisesRegex(streamlog.ConfigError, "--no-auth"):
+            streamlog.Server({}, streamlog.Settings(bind="0.0.0.0", port=0))
+        with streamlog.Server({}, streamlog.Settings(bind="0.0.0.0", port=0, no_auth=True)) as server:
+            self.assertTrue(server.url.startswith("http://0.0.0.0:"))
+
+    @unittest.skipUnless(socket.has_ipv6, "no IPv6")
+    def test_ipv6_is_served_too(self) -> None:
+        try:
+            server = streamlog.Server({"x": Command("echo x")}, streamlog.Settings(bind="::1", port=0))
+        except OSError:
+            self.skipTest("no IPv6 loopback")
+        with server.start(), socket.create_connection(("::1", server.port)) as sock:
+            self.assertEqual(server.url, f"http://[::1]:{server.port}")
+            sock.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n")
+            self.assertTrue(b"".join(iter(lambda: sock.recv(4096), b"")).endswith(b"ok"))
+
+
+class Soak(ServerCase):
+    def test_requests_that_end_in_every_way_leave_nothing(self) -> None:
+        server = self.serve(
+            {
+                "exit": "echo x",
+                "fail": "!echo x; exit 3",
+                "timeout": Command("sleep 300", timeout=0.05),
+                "silent": "sleep 300",
+                "yes": "yes",
+                "missing": "no-such-program",
+                "tree": "!sleep 300 & echo x",
+            },
+            max_runs=1000,
+            drain_seconds=0.05,
+        )
+        self.fetch(server, "/exit")
+        wait_until(lambda: not server._clients, "the first is gone")
+        before = (descriptors(), threading.active_count())
+        paths = ["/exit", "/fail", "/timeout", "/silent", "/yes", "/missing", "/tree", "/none", "/exit?x=1"]
+        dice = random.Random(2)
+        memory = 0
+
+        def one(seed: int) -> None:
+            path = paths[seed % len(paths)]
+            client = Raw(("127.0.0.1", server.port))
+            client.get(path)
+            if path in ("/silent", "/yes"):
+                client.read_head()
+                (client.reset if seed % 2 else client.sock.close)()
+            else:
+                client.read_answer()
+                client.sock.close()
+
+        size = 5 * SOAK
+        for at in range(0, size, 10):
+            threads = [threading.Thread(target=one, args=[dice.randrange(1 << 30)]) for _ in range(10)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            if at == size // 2 // 10 * 10:
+                memory = resident_bytes()
+        wait_until(lambda: not server._clients, "all are gone")
+        self.assertEqual(+server.site._runs, {})
+        self.assertEqual(descriptors(), before[0])
+        self.assertEqual(threading.active_count(), before[1])
+        self.assertLess(resident_bytes() - memory, 8 << 20)
+
+    def test_a_binary_stream_is_exact_and_memory_flat(self) -> None:
+        size = SOAK * 1024 * 1024
+        script = self.python(
+            "import hashlib, random, sys\n"
+            "block = random.Random(5).getrandbits(8 << 20).to_bytes(1 << 20, 'big')\n"
+            f"for n in range({size} // len(block)):\n    sys.stdout.buffer.write(n.to_bytes(4, 'big') + block[4:])\n"
+        )
+        server = self.serve({"x": script})
+        direct = hashlib.sha256(subprocess.run(script.split(), stdout=subprocess.PIPE, check=True).stdout).hexdigest()
+        before = resident_bytes()
+        digest, count = hashlib.sha256(), 0
+        with self.connect(server) as client:
+            client.get("/x")
+            client.read_head()
+            for chunk in iter(client.read_chunk, None):
+                digest.update(chunk)
+                count += len(chunk)
+                self.assertLess(resident_bytes() - before, 16 << 20)
+        self.assertEqual((count, digest.hexdigest()), (size, direct))
+
+
+class Shortages(ServerCase):
+    """Limits of the real system, met by a server in a process of its own."""
+
+    def start(self, *options: str) -> tuple[subprocess.Popen[str], int]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.starved", *options],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout and process.stderr
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process, int(process.stdout.readline())
+
+    def test_a_server_out_of_descriptors_answers_again_once_there_are_some(self) -> None:
+        process, port = self.start("--descriptors", "40")
+        clients = []
+        for _ in range(100):
+            client = Raw(("127.0.0.1", port))
+            client.get("/sleep")
+            clients.append(client)
+            self.addCleanup(client.sock.close)
+        statuses = set()
+        for client in clients[:8]:
+            statuses.add(client.read_head()[0])
+        self.assertLessEqual(statuses, {200, 503})
+        used = self.processor_seconds(process.pid)
+        time.sleep(1)
+        self.assertLess(self.processor_seconds(process.pid) - used, 0.3)
+        for client in clients:
+            client.sock.close()
+
+        def works() -> bool:
+            with Raw(("127.0.0.1", port)) as client:
+                client.get("/x")
+                return client.more() and client.read_answer().body == b"x\n"
+
+        wait_until(works, "it answers again")
+
+    def processor_seconds(self, pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def test_a_connection_is_served_and_told_where_no_process_can_be_forked(self) -> None:
+        if not IS_ROOT:
+            self.skipTest("needs root, for a user whose processes can be counted")
+        process, port = self.start("--processes", "3")  # the two threads there are, and one for a connection
+        with Raw(("127.0.0.1", port)) as client:
+            client.get("/x")
+            answer = client.read_answer()
+            self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "1"))
+            self.assertIn(b"Resource temporarily unavailable", answer.body)
+            with Raw(("127.0.0.1", port)) as second:
+                second.get("/x")
+                self.assertEqual(second.read_answer().status, 503)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(5), 0)
+        assert process.stderr
+        self.assertNotIn("Traceback", process.stderr.read())
