@@ -1,0 +1,82 @@
+"""The README says what the program does: its blocks are compared with it, and its examples are run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import streamlog
+
+from .support import ROOT, Program
+
+README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README)
+
+
+@unittest.skipUnless(README, "an installed copy has no README")
+class Readme(unittest.TestCase):
+    def test_the_usage_is_the_help(self) -> None:
+        self.assertIn(streamlog.__doc__, blocks("text"))
+
+    def test_the_commands_file_is_sound_and_each_option_in_it_is_known(self) -> None:
+        (text,) = blocks("ini")
+        with tempfile.NamedTemporaryFile("w", suffix=".ini") as file:
+            file.write(text)
+            file.flush()
+            done = subprocess.run(
+                [sys.executable, ROOT / "streamlog.py", "--check", "-c", file.name], stdout=subprocess.PIPE, text=True
+            )
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("POST /restart", done.stdout)
+
+    def test_the_thirty_second_start_gives_what_it_shows(self) -> None:
+        line, listening, *ready = blocks("console")[0].splitlines()
+        words = shlex.split(line)
+        self.assertEqual(words[:3], ["$", "python", "streamlog.py"])
+        with Program("-p", "0", *words[3:]) as program:
+            assert program.process.stdout
+            for shown in [listening, *ready]:
+                printed = program.first_line if shown == listening else program.process.stdout.readline()
+                self.assertEqual(printed, shown.replace(":8000", f":{program.port}") + "\n")
+            for path in ("greet?name=-n", "dist"):
+                self.assertEqual(program.fetch(f"/{path}").body.decode(), self.shown(path))
+            self.assertEqual(program.fetch("/greet").body, b"hello world\n")
+
+    def shown(self, path: str) -> str:
+        """What the README shows as the answer to a curl of a path."""
+        found = re.search(rf"(?m)^\$ curl [^\n]*{re.escape(path)}'?\n([^$`\n].*\n)", README)
+        self.assertIsNotNone(found, path)
+        return found[1] if found else ""
+
+    def test_each_limit_has_the_number_that_it_is_given(self) -> None:
+        for number, value in (
+            ("16 KiB", streamlog._LINE_BYTES / 1024),
+            ("64 KiB", streamlog._HEAD_BYTES / 1024),
+            ("64 KiB", streamlog._FORM_BYTES / 1024),
+            ("100 headers", streamlog._HEADER_COUNT),
+            ("10 s", streamlog.Settings().head_seconds),
+            ("60 s", streamlog.Settings().idle_seconds),
+            ("30 s", streamlog._BODY_SECONDS),
+            ("64 runs", streamlog.Settings().max_runs),
+            ("2 s", streamlog.Settings().drain_seconds),
+            ("256 KiB", streamlog._BLOCK_MAX_BYTES / 1024),
+        ):
+            with self.subTest(number=number):
+                self.assertEqual(float(number.split()[0]), value)
+                self.assertIn(number, README)
+
+    def test_what_it_names_of_the_tests_exists(self) -> None:
+        source = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+        for name in re.findall(r"`(test_\w+)`", README):
+            self.assertRegex(
+                source, rf"def {name}\(|{name}\.py" if not Path(__file__).with_name(f"{name}.py").exists() else ""
+            )
