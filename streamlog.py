@@ -170,7 +170,7 @@ class Parameter:
     def problem(self, value: str, starts_argument: bool, is_shell: bool) -> str:
         """What is wrong with a value where it is to stand, or an empty string."""
         if not self.pattern.fullmatch(value) or "\0" in value:
-            return f"must be {self.type}"
+            return f"must be {self.type}" if self.type in _TYPES or self.choices else f"must match {self.type}"
         if self.type == "text" and not value.isprintable():
             return "must be printable text"
         if self.type in ("word", "path") and ".." in value.split("/"):
@@ -184,7 +184,7 @@ class Parameter:
 
 def _parse_parameter(line: str, start: int, name: str) -> tuple[int, Parameter]:
     """Read the placeholder whose brace opens at `start`; return where it ends, and the parameter."""
-    at = start + 1 + len(name)
+    at = colon = start + 1 + len(name)
     equals, braces, parentheses, in_class = None, 0, 0, False
     while at < len(line):
         char = line[at]
@@ -193,7 +193,8 @@ def _parse_parameter(line: str, start: int, name: str) -> tuple[int, Parameter]:
         elif in_class and equals is None:
             in_class = char != "]"
         elif char == "}" and not braces:
-            return at + 1, _make_parameter(name, line[start + 1 + len(name) : at], equals and equals - at)
+            type_ = line[colon + 1 : at if equals is None else equals]
+            return at + 1, _make_parameter(name, type_ or "word", None if equals is None else line[equals + 1 : at])
         elif char in "{}":
             braces += 1 if char == "{" else -1
         elif char == "=" and equals is None and not braces and not parentheses:
@@ -206,10 +207,7 @@ def _parse_parameter(line: str, start: int, name: str) -> tuple[int, Parameter]:
     raise ConfigError(f"placeholder '{{{name}' has no closing brace: write {{{{{name}}}}} if it is not one")
 
 
-def _make_parameter(name: str, text: str, equals: Optional[int]) -> Parameter:
-    """A parameter from the text behind its name: `:type`, `=default` or both; `equals` counts from the end."""
-    type_, default = (text, None) if equals is None else (text[:equals], text[equals:][1:])
-    type_ = type_[1:] or "word"
+def _make_parameter(name: str, type_: str, default: Optional[str]) -> Parameter:
     if type_ in _TYPES:
         pattern = _TYPES[type_]
     elif _CHOICE.fullmatch(type_):
@@ -455,7 +453,7 @@ class Command:
                 text += bound[part.name] if isinstance(part, Parameter) else part
             argv.append(text)
         env = {key: value for key, value in os.environ.items() if not _HIDDEN_ENVIRONMENT.fullmatch(key)}
-        env.update(self.env, PYTHONUNBUFFERED="1")
+        env.update({"PYTHONUNBUFFERED": "1", **self.env})
         if self.is_shell:
             env.update({f"arg_{key}": value for key, value in bound.items()})
         return Launch(argv, env, self.cwd, self.stderr)
@@ -549,6 +547,7 @@ def _collect(commands: Iterator[tuple[str, Command]]) -> dict[str, Command]:
 # The read-only diagnostics that are served when no command is given: a name, what it shows, and ways to show it.
 # The first way is taken whose program is found and whose absolute paths exist, so that Linux, macOS, busybox
 # and a container with hardly anything in it each get what they have.
+_IS_MACOS = sys.platform == "darwin"
 _DIAGNOSTICS: Sequence[tuple[str, str, Sequence[str]]] = (
     ("uptime", "How long the machine is up, and its load", ["uptime", "cat /proc/uptime /proc/loadavg"]),
     ("load", "Load averages, once a second (live)", ["{python} -u -S -c {load}"]),
@@ -564,9 +563,9 @@ _DIAGNOSTICS: Sequence[tuple[str, str, Sequence[str]]] = (
         "All processes",
         ["ps aux", "!for p in /proc/[0-9]*; do echo ${p#/*/} $(tr '\\0' ' ' <$p/cmdline); done"],
     ),
-    ("top", "The busiest processes, every two seconds (live)", ["top -b -d 2", "top -l 0 -s 2 -n 20"]),
+    ("top", "The busiest processes, every two seconds (live)", ["top -l 0 -s 2 -n 20" if _IS_MACOS else "top -b -d 2"]),
     ("vmstat", "Processor, memory and paging, once a second (live)", ["vmstat 1", "vm_stat 1"]),
-    ("iostat", "Disk activity, every two seconds (live)", ["iostat 2", "iostat -w 2"]),
+    ("iostat", "Disk activity, every two seconds (live)", ["iostat -w 2" if _IS_MACOS else "iostat 2"]),
     ("journal", "The system journal (live)", ["journalctl -n {lines:int=50} -f", "log stream --style compact"]),
     (
         "syslog",
@@ -868,7 +867,8 @@ def _watch_exit_by_thread(pid: int) -> int:
     reader, writer = os.pipe()
 
     def wait() -> None:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         os.close(writer)
 
     try:
@@ -918,7 +918,7 @@ class Run:
 
     def _undo_start(self) -> None:
         self._exit_watch = self._release = None
-        self.kill()
+        self._signal(signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_ABANDON_SECONDS)
         self.close()
@@ -1004,7 +1004,9 @@ class Run:
                 self._terminate()
 
     def kill(self) -> None:
-        """End the group at once."""
+        """End the group at once, where there still is one."""
+        if self._release is None:
+            return
         self._kill_at = math.inf
         self._abandon_at = time.monotonic() + _ABANDON_SECONDS
         self._signal(signal.SIGKILL)

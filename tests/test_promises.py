@@ -65,19 +65,22 @@ class Promises(ServerCase):
         connection.close()
 
     def test_4_nothing_left_behind_the_whole_group_goes_with_its_run(self) -> None:
-        tree = "!sleep 300 & (trap '' TERM; sleep 300; sleep 300) & sleep 300 >/dev/null 2>&1 & echo $$ $!; ps -o pid= -g $$"
+        tree = (
+            "!sleep 300 & (trap '' TERM; sleep 300; sleep 300) & sleep 300 >/dev/null 2>&1 & "
+            "echo $$ $(ps -A -o pid= -o pgid= | grep \" $$$\" | sed 's/ [0-9]*$//')"
+        )
         server = self.serve(
             {"over": tree, "held": tree + "; wait", "t": Command(tree + "; wait", timeout=0.3)}, grace_seconds=0.4
         )
         pids: list[int] = []
         for path in ("/over", "/t"):
             pids += pids_in(self.fetch(server, path + "?footer=0").body)
-        for leave in ("close", "shutdown"):
+        for is_left in (True, False):
             client = self.connect(server)
             client.get("/held")
             client.read_head()
             pids += pids_in(client.read_chunk() or b"")
-            if leave == "close":
+            if is_left:
                 client.sock.close()
         self.assertGreater(len(pids), 8)
         server.close()
@@ -169,8 +172,10 @@ class Promises(ServerCase):
         script = (
             "import logging, os, signal, sys, threading\n"
             "def state():\n"
-            "    return ([signal.getsignal(n) for n in signal.valid_signals()], dict(os.environ), threading.active_count(),\n"
-            "            logging.root.handlers, logging.root.level, sys.stdout, os.listdir('/proc/self/fd'), os.umask(0o22))\n"
+            "    handlers = [signal.getsignal(number) for number in signal.valid_signals()]\n"
+            "    log = [logging.root.handlers, logging.root.level]\n"
+            "    process = [dict(os.environ), sys.stdout, os.listdir('/proc/self/fd'), os.umask(0o22)]\n"
+            "    return handlers, log, process, threading.active_count()\n"
             "os.umask(0o22); before = state()\n"
             "import streamlog\n"
             "assert state() == before and not logging.getLogger('streamlog').handlers\n"

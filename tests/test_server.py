@@ -524,11 +524,15 @@ class Limits(ServerCase):
                 client.get("/")
                 client.read_answer()
                 idle.append(client)
+                wait_until(lambda: self.idle_count(server) == len(idle), "its thread waits for the next request")
             self.assertEqual(self.fetch(server, "/-/healthy").body, b"ok")
             self.assertTrue(idle[0].is_closed())
             idle[1].get("/-/healthy")
             self.assertEqual(idle[1].read_answer().body, b"ok")
             self.assertTrue(busy.read_chunk())
+
+    def idle_count(self, server: streamlog.Server) -> int:
+        return sum(client.idle_since is not None for client in list(server._clients))
 
     def test_where_every_connection_is_busy_a_new_one_is_refused(self) -> None:
         server = self.serve({"x": "!echo; sleep 300"})
