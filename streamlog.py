@@ -11,13 +11,13 @@ options:
   -p, --port PORT      listen on this port (8000); 0 picks a free one and prints it
   -b, --bind ADDRESS   listen on this address (127.0.0.1)
   -c, --config FILE    read commands from this file, before those given as arguments
-      --timeout SEC    stop a run after so many seconds (no limit)
+      --timeout SEC    stop a run after so many seconds (0: no limit)
       --grace SEC      seconds from SIGTERM to SIGKILL when a run is stopped (5)
       --max-runs N     runs at a time; one more gets a 503 (64)
       --no-auth        listen on an address that others reach, for anyone to use
       --check          print the commands as they were understood, and exit
   -v, --verbose        also log each start of a command
-  -q, --quiet          log warnings only, and print the address alone at start
+  -q, --quiet          print the address alone at start, and log warnings only
   -h, --help           print this text and exit
       --version        print the version and exit
 
@@ -28,17 +28,11 @@ commands:
   or a regular expression that the value must match in full. A value is one argument, and
   never an option. {{name}} stands for {name} itself. POST:NAME=... is run by POST only.
 
-commands file (one section a command):
-  [restart]
-  command = systemctl restart {unit:nginx|redis}
-  about = Restart a service
-  method = POST       GET or POST (GET)
-  timeout = 30        seconds
-  max = 1             runs of it at a time
-  stderr = merge      merge, separate or discard (merge)
-  cwd = /srv          directory to run in
-  env = LANG=C        a NAME=value per line
-  type = text/csv     Content-Type of output that is not plain text
+commands file:
+  A section for each command, [NAME], with the options command = COMMAND LINE, about (a
+  description), method (GET or POST), timeout (seconds; 0 for no limit), max (runs of it at a
+  time), stderr (merge, separate or discard), cwd (directory), env (NAME=value, one a line) and
+  type (Content-Type of output that is not plain text). [DEFAULT] holds options for all.
 
 what a client sees:
   The output is the body, byte for byte, as it comes; the trailer Exit-Code ends a run that
@@ -142,6 +136,12 @@ class Settings:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _WORD = r"[A-Za-z0-9_.,:@%+=-]+"
 _TYPES = {"word": _WORD, "int": r"-?[0-9]+", "path": r"[A-Za-z0-9_.,:@%+=/-]+", "text": r"(?s:.*)"}
+_DEMANDS = {
+    "word": "must be word (letters, digits and _.,:@%+=-)",
+    "int": "must be int",
+    "path": "must be path (letters, digits and _.,:@%+=-/)",
+    "text": "must be printable text",
+}
 _CHOICE = re.compile(rf"{_WORD}(?:\|{_WORD})+")
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?=[}:=])")
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh"})
@@ -170,9 +170,9 @@ class Parameter:
     def problem(self, value: str, starts_argument: bool, is_shell: bool) -> str:
         """What is wrong with a value where it is to stand, or an empty string."""
         if not self.pattern.fullmatch(value) or "\0" in value:
-            return f"must be {self.type}" if self.type in _TYPES or self.choices else f"must match {self.type}"
+            return _DEMANDS.get(self.type, f"must be {self.type}" if self.choices else f"must match {self.type}")
         if self.type == "text" and not value.isprintable():
-            return "must be printable text"
+            return _DEMANDS["text"]
         if self.type in ("word", "path") and ".." in value.split("/"):
             return "must not contain '..'"
         if (starts_argument or is_shell) and value.startswith("-"):
@@ -220,7 +220,7 @@ def _make_parameter(name: str, type_: str, default: Optional[str]) -> Parameter:
     else:
         pattern = type_
     try:
-        return Parameter(name, type_, re.compile(pattern), default)
+        return Parameter(name, type_, re.compile(pattern, re.ASCII), default)
     except re.error as error:
         raise ConfigError(f"parameter {name!r} has a bad regular expression: {error}: {type_!r}") from None
 
@@ -362,9 +362,9 @@ class Command:
     """What a name runs. Raises ConfigError where a mistake can be seen without running it.
 
     command: a command line with placeholders, split by shlex and run without a shell, or `!` and a script
-        for /bin/sh. about: a description. method: GET or POST. timeout: seconds, or None. max: runs at a time,
-        or None. stderr: merge, separate or discard. cwd: the directory to run in. env: variables to add.
-        type: the Content-Type of the output.
+        for /bin/sh. about: a description. method: GET or POST. timeout: seconds, 0 for no limit, None for
+        the server's. max: runs at a time, or None. stderr: merge, separate or discard. cwd: the directory to
+        run in. env: variables to add. type: the Content-Type of the output.
     """
 
     command: str
@@ -384,8 +384,8 @@ class Command:
         for option, known in (("method", ("GET", "POST")), ("stderr", ("merge", "separate", "discard"))):
             if getattr(self, option) not in known:
                 raise ConfigError(f"{option} must be {' or '.join(known)}: {getattr(self, option)!r}")
-        if self.timeout is not None and not 0 < self.timeout < math.inf:
-            raise ConfigError(f"timeout must be a number of seconds above 0: {self.timeout!r}")
+        if self.timeout is not None and not 0 <= self.timeout < math.inf:
+            raise ConfigError(f"timeout must be a number of seconds, or 0 for no limit: {self.timeout!r}")
         if self.max is not None and self.max < 1:
             raise ConfigError(f"max must be a whole number above 0: {self.max!r}")
         if not re.fullmatch(r"[!-~]+/[!-~]+( *;[ -~]+)?", self.type):
@@ -440,7 +440,7 @@ class Command:
         for parameter in self.parameters.values():
             value = values.get(parameter.name, parameter.default)
             if value is None:
-                raise Error(f"parameter {parameter.name!r} of {name!r} is required: add ?{parameter.name}=...")
+                raise Error(f"parameter {parameter.name!r} of {name!r} is required: give it as {parameter.name}=...")
             bound[parameter.name] = value
         for parameter, starts_argument in self._uses:
             self._check_value(name, parameter, bound[parameter.name], starts_argument)
@@ -469,15 +469,22 @@ def _starts_word(marked: str, at: int) -> bool:
     return bool(re.search(r"(?:^|[\s<>;&|(])[\"']?$", marked[:at]))
 
 
+def _parse_variable(line: str) -> tuple[str, str]:
+    name, equals, value = line.strip().partition("=")
+    if not equals:
+        raise ConfigError(f"env must be NAME=value, one a line: {name!r}")
+    return name, value
+
+
 _OPTIONS: Mapping[str, Callable[[str], object]] = {
     "command": str,
     "about": str,
-    "method": str,
+    "method": str.upper,
     "timeout": float,
     "max": int,
     "stderr": str,
     "cwd": str,
-    "env": lambda text: dict(line.strip().partition("=")[::2] for line in text.splitlines() if line.strip()),
+    "env": lambda text: dict(_parse_variable(line) for line in text.splitlines() if line.strip()),
     "type": str,
 }
 
@@ -487,19 +494,19 @@ def _make_command(name: str, options: Mapping[str, str]) -> Command:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"a command's name is letters, digits, '.', '_' and '-' (NAME=COMMAND LINE): {name!r}")
     values: dict[str, object] = {}
-    for key, text in options.items():
+    for key in options:
         if key not in _OPTIONS:
             raise ConfigError(f"command {name!r}: unknown option {key!r}; known are {', '.join(_OPTIONS)}")
-        try:
-            values[key] = _OPTIONS[key](text)
-        except ValueError:
-            raise ConfigError(f"command {name!r}: {key} must be a number: {text!r}") from None
-    if "command" not in values:
+    if "command" not in options:
         raise ConfigError(f"command {name!r}: 'command = ...' is missing")
     try:
+        for key, text in options.items():
+            values[key] = _OPTIONS[key](text)
         return Command(**values)  # type: ignore[arg-type]
     except ConfigError as error:
         raise ConfigError(f"command {name!r}: {error}") from None
+    except ValueError:
+        raise ConfigError(f"command {name!r}: {key} must be a number: {text!r}") from None
 
 
 def _parse_command_argument(text: str) -> tuple[str, Command]:
@@ -521,12 +528,14 @@ def _read_config(path: str) -> Iterator[tuple[str, Command]]:
 
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
     except OSError as error:
         raise ConfigError(f"cannot read {path!r}: {error.strerror}") from None
     except (configparser.Error, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not parser.sections():
+        raise ConfigError(f"{path}: there is no command in it: a command is a section, [NAME]")
     for name in parser.sections():
         try:
             yield name, _make_command(name, dict(parser[name]))
@@ -545,54 +554,60 @@ def _collect(commands: Iterator[tuple[str, Command]]) -> dict[str, Command]:
 
 
 # The read-only diagnostics that are served when no command is given: a name, what it shows, and ways to show it.
-# The first way is taken whose program is found and whose absolute paths exist, so that Linux, macOS, busybox
-# and a container with hardly anything in it each get what they have.
+# The first way is taken whose program is found, and whose absolute paths exist (one that is only looked for stands in
+# front, in brackets), so that Linux, macOS, busybox and a container that has nothing but Python each get theirs.
 _IS_MACOS = sys.platform == "darwin"
 _DIAGNOSTICS: Sequence[tuple[str, str, Sequence[str]]] = (
-    ("uptime", "How long the machine is up, and its load", ["uptime", "cat /proc/uptime /proc/loadavg"]),
-    ("load", "Load averages, once a second (live)", ["{python} -u -S -c {load}"]),
-    ("system", "Kernel and architecture", ["uname -a"]),
-    ("release", "Operating system release", ["cat /etc/os-release", "sw_vers"]),
-    ("cpu", "Processors", ["lscpu", "sysctl hw.ncpu machdep.cpu.brand_string", "cat /proc/cpuinfo"]),
-    ("memory", "Memory in use", ["free -m", "vm_stat", "cat /proc/meminfo"]),
-    ("disk", "Space on file systems", ["df -h"]),
+    ("uptime", "How long the machine is up, and its load", ["uptime", "{cat} /proc/uptime /proc/loadavg"]),
+    ("load", "Load averages, once a second (live)", ["{load}"]),
+    ("system", "Kernel and architecture", ["uname -a", "{cat} /proc/version"]),
+    ("release", "Operating system release", ["{cat} /etc/os-release", "sw_vers"]),
+    ("cpu", "Processors", ["lscpu", "sysctl hw.ncpu machdep.cpu.brand_string", "{cat} /proc/cpuinfo"]),
+    ("memory", "Memory in use", ["free -m", "vm_stat", "{cat} /proc/meminfo"]),
+    ("disk", "Space on file systems", ["df -h", "{df}"]),
     ("inodes", "Inodes on file systems", ["df -i"]),
-    ("mounts", "What is mounted where", ["cat /proc/mounts", "mount"]),
-    (
-        "processes",
-        "All processes",
-        ["ps aux", "!for p in /proc/[0-9]*; do echo ${p#/*/} $(tr '\\0' ' ' <$p/cmdline); done"],
-    ),
-    ("top", "The busiest processes, every two seconds (live)", ["top -l 0 -s 2 -n 20" if _IS_MACOS else "top -b -d 2"]),
+    ("mounts", "What is mounted where", ["{cat} /proc/mounts", "mount"]),
+    ("processes", "All processes", ["ps aux", "[/proc/self/cmdline] {ps}"]),
+    ("top", "The busiest processes (live)", ["top -l 0 -s 2 -n 20" if _IS_MACOS else "top -b -d 2"]),
     ("vmstat", "Processor, memory and paging, once a second (live)", ["vmstat 1", "vm_stat 1"]),
     ("iostat", "Disk activity, every two seconds (live)", ["iostat -w 2" if _IS_MACOS else "iostat 2"]),
-    ("journal", "The system journal (live)", ["journalctl -n {lines:int=50} -f", "log stream --style compact"]),
+    ("journal", "The system journal (live)", ["[/run/systemd/journal] journalctl -n {lines:int=50} -f"]),
     (
         "syslog",
         "The system log (live)",
-        [f"tail -n {{lines:int=50}} -F /var/log/{file}" for file in ("syslog", "messages", "system.log")],
+        [f"tail -n {{lines:int=50}} -F /var/log/{name}" for name in ("syslog", "messages", "system.log")],
     ),
     ("dmesg", "Kernel messages", ["dmesg"]),
-    ("services", "Running services", ["systemctl list-units --type=service --state=running --no-pager"]),
-    ("failed", "Failed units", ["systemctl list-units --failed --no-pager"]),
+    ("services", "Running services", ["[/run/systemd/system] systemctl list-units --state=running --no-pager"]),
+    ("failed", "Failed units", ["[/run/systemd/system] systemctl list-units --failed --no-pager"]),
     ("users", "Who is logged in", ["who"]),
-    ("addresses", "Network interfaces and addresses", ["ip address", "ifconfig -a", "cat /proc/net/dev"]),
-    ("routes", "Routing table", ["ip route", "netstat -rn", "cat /proc/net/route"]),
-    ("sockets", "Listening and open sockets", ["ss -tunap", "netstat -an", "cat /proc/net/tcp /proc/net/tcp6"]),
+    ("addresses", "Network interfaces and addresses", ["ip address", "ifconfig -a", "{cat} /proc/net/dev"]),
+    ("routes", "Routing table", ["ip route", "netstat -rn", "{cat} /proc/net/route"]),
+    ("sockets", "Listening and open sockets", ["ss -tunap", "netstat -an", "{cat} /proc/net/tcp /proc/net/tcp6"]),
     ("ping", "Reach a host (live)", ["ping -c {count:int=5} {host}"]),
     ("lookup", "Look a name up", ["getent ahosts {name}", "dscacheutil -q host -a name {name}", "nslookup {name}"]),
 )
-_LOAD = 'import os,time\nwhile 1: print(time.strftime("%T"), *("%.2f" % x for x in os.getloadavg())); time.sleep(1)'
+# What Python shows where there is no program for it.
+_SCRIPTS = {
+    "{cat}": "import sys\nfor name in sys.argv[1:]: print(open(name, errors='replace').read(), end='')",
+    "{df}": "import os\nfs = os.statvfs('/')\nprint(fs.f_bavail * fs.f_frsize >> 20, 'MiB are free on /')",
+    "{load}": "import os, time\nwhile True:\n"
+    " print(time.strftime('%T'), *('%.2f' % load for load in os.getloadavg()))\n time.sleep(1)",
+    "{ps}": "import glob\nfor name in glob.glob('/proc/[0-9]*/cmdline'):\n"
+    " try: print(name[6:-8], open(name, errors='replace').read().replace('\\0', ' '))\n except OSError: pass",
+}
 
 
 def _diagnostics() -> Iterator[tuple[str, Command]]:
     """The built-in commands that this machine can run."""
     for name, about, ways in _DIAGNOSTICS:
         for way in ways:
-            line = way.replace("{python}", shlex.quote(sys.executable)).replace("{load}", shlex.quote(_LOAD))
+            needed = re.findall(r"(?<=[ \[])/[^ \]]+", way)
+            line = way.rpartition("] ")[2]
+            for mark, script in _SCRIPTS.items():
+                line = line.replace(mark, shlex.join([sys.executable, "-u", "-S", "-c", script]))
             command = Command(line, about)
-            paths = re.findall(r"(?<= )/[^ ]+", line) if not command.is_shell else ["/proc/self"]
-            if shutil.which(command.program) and all(os.path.exists(path) for path in paths):
+            if shutil.which(command.program) and all(map(os.path.exists, needed)):
                 yield name, command
                 break
 
@@ -738,6 +753,11 @@ def _parse_query(query: str) -> Iterator[tuple[str, str]]:
             yield _unquote(key), _unquote(value)
 
 
+def _printable(text: bytes) -> str:
+    """A client's bytes for a log line: nothing in them can end the line, close the quotes or drive a terminal."""
+    return re.sub(rb"[^ !#-\[\]-~]", lambda match: b"\\x%02x" % match[0][0], text[:1000]).decode("ascii")
+
+
 # ---------------------------------------------------------------------------------------------
 # formats: how output is written for a client. Pure: (stream, bytes) to bytes, and at the end an outcome to bytes
 
@@ -834,6 +854,8 @@ def _start_error(launch: Launch, error: Exception) -> Error:
         return _shortage(error)
     where = f" in {launch.cwd!r}" if launch.cwd is not None else ""
     why = error.strerror if isinstance(error, OSError) else error  # a ValueError: the locale cannot encode a value
+    if isinstance(error, OSError) and error.errno == errno.ENOEXEC:
+        why = f"{why} (a script needs a #! line)"
     return Error(f"cannot start {launch.argv[0]!r}{where}: {why}", 500)
 
 
@@ -1263,14 +1285,14 @@ class Site:
         headers = {"Content-Type": command.type, "Vary": "Accept"}
         if request.method == "HEAD":
             return Reply(200, headers)
-        timeout = command.timeout or self._settings.timeout_seconds
+        timeout = self._settings.timeout_seconds if command.timeout is None else command.timeout
         self._take_slot(name, command)
         try:
             run = Run(launch, self._settings, timeout, lambda: self._free_slot(name))
         except BaseException:
             self._free_slot(name)
             raise
-        _log.debug("started %s as %d: %s", name, run.pid, shlex.join(launch.argv))
+        _log.debug("started %s as %d: %s", name, run.pid, _printable(f"{shlex.join(launch.argv)} {values}".encode()))
         return Reply(200, headers, run=run, format=format_)
 
     @staticmethod
@@ -1301,9 +1323,9 @@ class Site:
     def _take_slot(self, name: str, command: Command) -> None:
         with self._lock:
             if sum(self._runs.values()) >= self._settings.max_runs:
-                raise _busy(f"{self._settings.max_runs} commands are running")
+                raise _busy(f"{self._settings.max_runs} of {self._settings.max_runs} runs are going on")
             if command.max is not None and self._runs[name] >= command.max:
-                raise _busy(f"{name!r} is running {command.max} times")
+                raise _busy(f"{command.max} of {command.max} runs of {name!r} are going on")
             self._runs[name] += 1
 
     def _free_slot(self, name: str) -> None:
@@ -1324,7 +1346,7 @@ class Site:
 
 
 def _busy(what: str) -> Error:
-    return Error(f"{what}, and no more may: try again when one has ended", 503, {"Retry-After": "1"})
+    return Error(f"{what}: try again when one has ended", 503, {"Retry-After": "1"})
 
 
 def _parse_form(request: Request, read_body: Callable[[int], bytes]) -> Iterator[tuple[str, str]]:
@@ -1399,7 +1421,7 @@ def _index_page(url: str, commands: Mapping[str, Command]) -> str:
     for name, command in commands.items():
         fields = [_form_field(parameter) for parameter in command.parameters.values()]
         parts += [
-            f"<section><h2>{escape(name)}</h2><p>{escape(command.about)}</p>",
+            f"<section><h2>{escape(name)}</h2><p>{escape(command.about)}</p><p><code>{escape(command.command)}</code></p>",
             f'<form action="/{escape(name)}" method="{command.method.lower()}">{"".join(fields)}',
             f'<button aria-label="Run {escape(name)}">Run</button></form>',
             f"<p><code>{escape(_curl_line(url, name, command))}</code></p></section>",
@@ -1411,7 +1433,7 @@ def _form_field(parameter: Parameter) -> str:
     from html import escape
 
     name = escape(parameter.name)
-    required = " required" if parameter.default is None and parameter.type != "text" else ""
+    required = "" if parameter.pattern.fullmatch("") else " required"
     if parameter.choices:
         options = [
             f"<option{' selected' if choice == parameter.default else ''}>{escape(choice)}</option>"
@@ -1724,11 +1746,6 @@ def _head_bytes(status: int, headers: Mapping[str, str], is_reusable: bool) -> b
     return "\r\n".join([f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *lines, "\r\n"]).encode("latin-1")
 
 
-def _printable(text: bytes) -> str:
-    """A client's bytes for a log line: nothing in them can end the line, close the quotes or drive a terminal."""
-    return re.sub(rb"[^ !#-\[\]-~]", lambda match: b"\\x%02x" % match[0][0], text[:1000]).decode("ascii")
-
-
 class Server(http.server.ThreadingHTTPServer):
     """The commands, behind a listening socket. Binds at once: OSError or ConfigError where it may not.
 
@@ -1904,6 +1921,9 @@ class Server(http.server.ThreadingHTTPServer):
         if self._thread is not None:
             self._thread.join()
         self.server_close()
+        runs = sum(client.run is not None for client in list(self._clients))
+        if runs:
+            _log.info("closing: %d runs are asked to end, and killed in %g s", runs, self.settings.grace_seconds)
         if not self._join(self.settings.grace_seconds + 0.5):
             self.kill()
             self._join(0.5)
@@ -1954,7 +1974,7 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
             return __doc__ or ""
 
         def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"{message} (streamlog --help tells more)")
+            raise ConfigError(f"{message} (a command line is one word: quote it; --help tells more)")
 
     def number(kind: Callable[[str], float], low: float, high: float, what: str) -> Callable[[str], float]:
         def read(text: str) -> float:
@@ -1990,12 +2010,22 @@ def _load_commands(options: argparse.Namespace) -> dict[str, Command]:
     return _collect(itertools.chain(from_file, given) if options.config or options.commands else _diagnostics())
 
 
-def _missing_program(command: Command) -> str:
-    """A warning for a program that is not there now; empty if it is."""
+def _find_program(command: Command) -> Optional[str]:
+    """Where the command's program is now."""
     program = command.program
     path = os.path.join(command.cwd or "", program) if "/" in program else program
-    found = shutil.which(path, path=command.env.get("PATH"))
-    return "" if found else f"program not found: {program!r}"
+    return shutil.which(path, path=command.env.get("PATH"))
+
+
+def _warnings(command: Command) -> Iterator[str]:
+    """What is no mistake for certain, and most likely one."""
+    if command.cwd and not os.path.isdir(command.cwd):
+        yield f"no such directory: {command.cwd!r}"
+    if not _find_program(command):
+        yield f"program not found, or not executable: {command.program!r}"
+    for word in command.command.split():
+        if not command.is_shell and re.fullmatch(r"[|&;<>]+|[0-9]?>.+", word):
+            yield f"{word!r} means nothing without a shell: a leading ! asks for one"
 
 
 _DEFAULTS = Command("true")
@@ -2006,13 +2036,15 @@ def _describe(name: str, command: Command) -> str:
     lines = [f"{command.method:4} /{name}  {command.command}"]
     if command.about:
         lines.append(f"about: {command.about}")
+    lines.append(f"program: {_find_program(command) or 'not found'}")
     for parameter in command.parameters.values():
         default = "required" if parameter.default is None else f"default {parameter.default!r}"
         lines.append(f"parameter {parameter.name}: {parameter.type}, {default}")
-    for option in ("timeout", "max", "stderr", "cwd", "env", "type"):
+    for option in ("timeout", "max", "stderr", "cwd", "type"):
         value = getattr(command, option)
-        if value and value != getattr(_DEFAULTS, option):
+        if value != getattr(_DEFAULTS, option):
             lines.append(f"{option}: {value}")
+    lines += [f"env: {key}={value}" for key, value in command.env.items()]
     return "\n     ".join(lines)
 
 
@@ -2043,11 +2075,7 @@ def _handle_signals(server: Server) -> None:
     """
 
     def on_signal(_number: int, _frame: object) -> None:
-        if server.is_closing:
-            for number in numbers:
-                signal.signal(number, signal.SIG_IGN)
-            raise KeyboardInterrupt
-        server.shutdown()
+        (server.kill if server.is_closing else server.shutdown)()
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
@@ -2071,9 +2099,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if options.check:
             _print(*itertools.starmap(_describe, commands.items()))
         for name, command in commands.items():
-            missing = _missing_program(command)
-            if missing:
-                print(f"streamlog: warning: command {name!r}: {missing}", file=sys.stderr)
+            for warning in _warnings(command):
+                print(f"streamlog: warning: command {name!r}: {warning}", file=sys.stderr)
         if options.check:
             return 0
         settings = Settings(
@@ -2097,14 +2124,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     _handle_signals(server)
     if sys.argv[0] in ("", "-"):  # this program came by standard input, as from ssh: end with that session
         server.stderr_guard = 2
-    lines = [] if options.quiet else [_curl_line(server.url, name, command) for name, command in commands.items()]
-    _print(f"streamlog: listening on {server.url}", *lines)
-    try:
-        server.serve_forever()
-        server.close()
-    except KeyboardInterrupt:
-        server.kill()
-        server.close()
+    if options.quiet:
+        _print(server.url)
+    else:
+        lines = [_curl_line(server.url, name, command) for name, command in commands.items()]
+        _print(f"streamlog: listening on {server.url}", *lines)
+    server.serve_forever()
+    server.close()
     return 0
 
 

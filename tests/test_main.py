@@ -7,6 +7,7 @@ import io
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -74,9 +75,23 @@ class Mistakes(unittest.TestCase):
         done = run_program("-p", "x")
         self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1))
 
-    def test_a_program_that_is_not_found_is_a_warning(self) -> None:
-        code, _, err = call("--check", "x=no-such-program", "y=true")
-        self.assertEqual((code, err), (0, "streamlog: warning: command 'x': program not found: 'no-such-program'\n"))
+    def test_what_is_most_likely_a_mistake_is_a_warning(self) -> None:
+        for line, told in (
+            ("no-such-program", "program not found, or not executable: 'no-such-program'"),
+            ("/etc/passwd", "program not found, or not executable: '/etc/passwd'"),
+            ("ls | wc", "'|' means nothing without a shell: a leading ! asks for one"),
+            ("ls 2>/dev/null", "'2>/dev/null' means nothing without a shell: a leading ! asks for one"),
+            ("ls && df", "'&&' means nothing without a shell: a leading ! asks for one"),
+            ("!ls | wc", ""),
+            ("echo {x:a|b}", ""),
+        ):
+            with self.subTest(line=line):
+                code, _, err = call("--check", f"x={line}", "y=true")
+                self.assertEqual((code, err), (0, told and f"streamlog: warning: command 'x': {told}\n"))
+        with tempfile.NamedTemporaryFile("w", suffix=".ini") as file:
+            file.write("[x]\ncommand = true\ncwd = /nowhere\n")
+            file.flush()
+            self.assertIn("command 'x': no such directory: '/nowhere'", call("--check", "-c", file.name)[2])
 
     def test_a_foreign_system_is_told_in_one_line_what_is_needed(self) -> None:
         script = (
@@ -116,9 +131,10 @@ class Texts(unittest.TestCase):
         self.assertEqual((code, err), (0, ""))
         self.assertEqual(
             out,
-            "POST /go  echo {unit:a|b} {n:int=3}\n     about: Go on\n     parameter unit: a|b, required\n"
-            "     parameter n: int, default '3'\n     timeout: 5.0\n     max: 2\n     stderr: discard\n     cwd: /\n"
-            "     env: {'A': '1'}\n     type: text/csv\nGET  /disk  df -h\n",
+            f"POST /go  echo {{unit:a|b}} {{n:int=3}}\n     about: Go on\n     program: {shutil.which('echo')}\n"
+            "     parameter unit: a|b, required\n     parameter n: int, default '3'\n     timeout: 5.0\n     max: 2\n"
+            "     stderr: discard\n     cwd: /\n     type: text/csv\n     env: A=1\n"
+            f"GET  /disk  df -h\n     program: {shutil.which('df')}\n",
         )
 
     def test_check_without_commands_shows_this_machine_s_diagnostics(self) -> None:
@@ -141,7 +157,7 @@ class Serving(ServerCase):
             self.assertEqual(program.fetch("/x").body, b"x\n")
             program.process.terminate()
             out, err = program.process.communicate(timeout=10)
-        self.assertEqual((out, err), ("", ""))
+        self.assertEqual((program.first_line, out, err), (f"http://127.0.0.1:{program.port}\n", "", ""))
 
     def test_verbose_logs_the_start_of_a_command_too(self) -> None:
         with Program("-v", "-p", "0", "x=echo a b") as program:
@@ -149,7 +165,7 @@ class Serving(ServerCase):
             program.process.terminate()
             code, err = program.end()
         self.assertEqual(code, 0)
-        self.assertRegex(err, r"(?m)^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} started x as \d+: echo a b$")
+        self.assertRegex(err, r"(?m)^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} started x as \d+: echo a b \{\}$")
         self.assertRegex(err, r'(?m)^\S+ client=127\.0\.0\.1:\d+ request="GET /x HTTP/1.1" status=200 exit=0 bytes=4 ')
 
     def test_options_reach_the_runs(self) -> None:
@@ -240,7 +256,9 @@ class Endings(ServerCase):
             self.assertLess(time.monotonic() - started, 1.5)
             self.assertEqual((code, is_alive(pid)), (0, False))
             self.assertNotIn("Traceback", err)
-            client.sock.close()
+            self.assertIn("closing: 1 runs are asked to end, and killed in 60 s", err)
+            self.assertIn("exit=137", err)
+            self.assertIn(b"[stopped: the server is shutting down", client.read_until(b" s]\n"))
 
     def test_signals_at_random_moments_always_end_it(self) -> None:
         for delay in (0.0, 0.01, 0.03):

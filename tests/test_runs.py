@@ -176,7 +176,8 @@ class Stops(RunCase):
         run = self.run_("!trap 'echo bye; exit 0' TERM; echo; while :; do sleep 0.05; done")
         self.read_some(run)
         run.stop("enough")
-        self.assertEqual((self.read_all(run), run.reason), (b"bye\n", "enough"))
+        self.assertTrue(self.read_all(run).endswith(b"bye\n"))
+        self.assertEqual(run.reason, "enough")
 
     def test_a_timeout_stops_a_silent_command(self) -> None:
         run = self.run_("sleep 300", timeout=0.3)
@@ -258,7 +259,7 @@ class Starts(RunCase):
         for command, told in (
             (Command("no-such-program"), "cannot start 'no-such-program': No such file or directory"),
             (Command(str(plain)), f"cannot start '{plain}': Permission denied"),
-            (Command(str(empty)), f"cannot start '{empty}': Exec format error"),
+            (Command(str(empty)), f"cannot start '{empty}': Exec format error (a script needs a #! line)"),
             (Command("true", cwd="/nowhere"), "cannot start 'true' in '/nowhere': No such file or directory"),
             (Command("true " + "x" * 200_000), "cannot start 'true': Argument list too long"),
         ):
