@@ -59,6 +59,7 @@ import errno
 import fcntl
 import http
 import http.server
+import io
 import ipaddress
 import itertools
 import logging
@@ -144,7 +145,7 @@ _DEMANDS = {
 }
 _CHOICE = re.compile(rf"{_WORD}(?:\|{_WORD})+")
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?=[}:=])")
-_SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh"})
+_SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "mksh", "ash", "rbash", "csh", "tcsh", "fish"})
 _HIDDEN_ENVIRONMENT = re.compile(r"STREAMLOG_.*|LISTEN_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY")
 _PLAIN_TEXT = "text/plain; charset=utf-8"
 
@@ -265,41 +266,83 @@ def _by_name(found: Sequence[Parameter]) -> dict[str, Parameter]:
     return named
 
 
-# What changes how a shell reads the text behind it, unquoted or in double quotes; and in single quotes.
-_SHELL_TOKEN = re.compile(r"\\.|\$\(\(|\$\(|\$\{|(?:(?<=[\s;&|(])|^)#|\0[0-9]+\0|[\"'`(){}]", re.DOTALL)
+# A script is followed only as far as its quotes can be told without being a shell. What is beyond that is no error by
+# itself, but no parameter may come behind it: misread quotes would let a value fall apart into words.
+_SHELL_TOKEN = re.compile(
+    r"\\[^\0]"  # an escaped character
+    r"|\$\{[^{}'\"`\\$()\0]*\}"  # an expansion with nothing special in it
+    r"|\$\(\(|\$\(|[\"'()]|\0[0-9]+\0"
+    r"|[\s;&|]+"  # the end of a word
+    r"|\\|`|\$\{|<<|\$'|\bcase\b|#",
+    re.DOTALL,
+)
 _SINGLE_QUOTED_TOKEN = re.compile("'|\0[0-9]+\0")
-_SHELL_CLOSES = {"$(": ")", "(": ")", "$((": ")", "${": "}"}
-_EXPANSIONS = {"": '"${arg_%s}"', '"': "${arg_%s}", "'": "'\"${arg_%s}\"'"}
+_SHELL_C = re.compile(rf"(?:^|[\s;&|(/])(?:{'|'.join(_SHELLS)})\s[^;&|\n]*-[A-Za-z]*c[A-Za-z]*\s+(?:[-+]\S*\s+)*$")
+# What may be open around a parameter ("(" is a subshell or a substitution, "((" arithmetic), what closes it, and how
+# the parameter is written there. In arithmetic quotes are not special, and only an int is safe.
+_SHELL_CLOSES = {"(": ")", "((": ")", '"': '"', "'": "'"}
+_EXPANSIONS = {"(": '"${arg_%s}"', "((": "${arg_%s}", '"': "${arg_%s}", "'": "'\"${arg_%s}\"'"}
 
 
 def _shell_script(marked: str, found: Sequence[Parameter]) -> str:
-    """Turn each mark of a script into an expansion that stays one word where it stands (sh(1), quoting)."""
+    """Turn each mark of a script into an expansion that stays one word where it stands (sh(1), quoting).
+
+    Raises ConfigError for a parameter where that cannot be made sure.
+    """
     out: list[str] = []
-    stack: list[str] = []  # what is open: quotes, substitutions, subshells
-    at = 0
+    stack: list[str] = []
+    lost = ""  # what the script could not be followed beyond
+    at = word_start = 0
     while True:
-        quote = _shell_quote(stack)
-        match = (_SINGLE_QUOTED_TOKEN if quote == "'" else _SHELL_TOKEN).search(marked, at)
+        context = stack[-1] if stack else "("
+        match = (_SINGLE_QUOTED_TOKEN if context == "'" else _SHELL_TOKEN).search(marked, at)
         if not match:
             return "".join([*out, marked[at:]])
         out.append(marked[at : match.start()])
         token, at = match[0], match.end()
         if token[0] == "\0":
-            token = _EXPANSIONS[quote] % found[int(token[1:-1])].name
-        elif token == "#" and not quote:  # a comment may hold a quote that has no partner
-            token, at = "", (marked + "\n").index("\n", at)
-        elif stack and token == _SHELL_CLOSES.get(stack[-1], stack[-1]):
-            # An arithmetic expansion has two parentheses to close: after the first it is like any other.
-            stack[-1:] = ["("] if stack[-1] == "$((" else []
-        elif token in ('"', "`", "$(", "$((", "${") or (token in ("(", "'") and not quote):
-            stack.append(token)
+            parameter = found[int(token[1:-1])]
+            _check_place(parameter, lost, context, marked[:word_start])
+            token = _EXPANSIONS[context] % parameter.name
+        elif token == "#" and context == "(" and match.start() == word_start:
+            at = (marked + "\n").index("\n", at)
+            token = _MARK.sub("", marked[match.start() : at])
+        elif not _follow(token, context, stack):
+            lost = lost or token
+        if context == "(" and re.fullmatch(r"[\s;&|]+|\$?[()]", token):
+            word_start = at
         out.append(token)
 
 
-def _shell_quote(stack: Sequence[str]) -> str:
-    """The quotes that a shell reads text in: '"', "'" or none. In arithmetic it is as in double quotes."""
-    inner = next((context for context in reversed(stack) if context != "${"), "")
-    return {"$((": '"', '"': '"', "'": "'"}.get(inner, "")
+def _follow(token: str, context: str, stack: list[str]) -> bool:
+    """Note what a token of a script opens or closes; False if the script cannot be followed any further."""
+    if stack and token == _SHELL_CLOSES[context]:
+        stack.pop()
+    elif token in ("$(", "$(("):
+        stack += ["(("] * 2 if token == "$((" else ["("]
+    elif context == "((" and token == "(":
+        stack.append("((")
+    elif context == "(" and token in ('"', "'", "("):
+        stack.append(token)
+    elif context == "(" and (token in ("<<", "$'") or (token == "case" and stack)):
+        return False
+    return token not in ("`", "${", "\\")
+
+
+def _check_place(parameter: Parameter, lost: str, context: str, before: str) -> None:
+    """Refuse a parameter whose value could fall apart, or be evaluated, where it stands in a script."""
+    if lost:
+        raise ConfigError(
+            f"parameter {parameter.name!r} comes behind {lost!r} in the script, where its quotes cannot be told: "
+            f'take it into a variable before, as in x={{{parameter.name}}}; ... "$x"'
+        )
+    if context == "((" and parameter.type != "int":
+        raise ConfigError(f"parameter {parameter.name!r} stands in arithmetic, which evaluates it: make it an int")
+    if _SHELL_C.search(before):
+        raise ConfigError(f'parameter {parameter.name!r} {_IN_SHELL_TEXT}: pass it behind the script, and use "$1"')
+
+
+_IN_SHELL_TEXT = "inside the script of a shell's -c would be read as shell text"
 
 
 _Argument = tuple[Union[str, Parameter], ...]
@@ -328,7 +371,7 @@ def _check_program(arguments: Sequence[_Argument]) -> None:
             script = _script_argument(arguments[at + 1 :])
             if any(isinstance(part, Parameter) for part in script):
                 raise ConfigError(
-                    "a parameter inside the script of a shell's -c would be read as shell text: "
+                    f"a parameter {_IN_SHELL_TEXT}: "
                     "write the command line as !SCRIPT, where values travel in the environment"
                 )
 
@@ -342,7 +385,7 @@ def _script_argument(arguments: Sequence[_Argument]) -> _Argument:
             takes_value = False
         elif len(text) > 1 and text[0] in "-+":
             has_c = has_c or bool(re.fullmatch(r"-[A-Za-z]*c[A-Za-z]*", text))
-            takes_value = text[-1] in "oO" and not text.startswith("--")
+            takes_value = text in ("--rcfile", "--init-file") or bool(re.match(r"[-+][A-Za-z]*[oO]", text))
         else:
             return argument if has_c else ()
     return ()
@@ -399,6 +442,8 @@ class Command:
         uses: list[tuple[Parameter, bool]]
         if self.is_shell:
             marked = marked.lstrip()[1:]
+            if not marked.strip():
+                raise ConfigError("the script is empty")
             uses = [(found[int(mark[1])], _starts_word(marked, mark.start())) for mark in _MARK.finditer(marked)]
             arguments: tuple[_Argument, ...] = (("/bin/sh",), ("-c",), (_shell_script(marked, found),))
         else:
@@ -526,7 +571,7 @@ def _read_config(path: str) -> Iterator[tuple[str, Command]]:
     """The commands of a file, in its order (configparser, without interpolation)."""
     import configparser
 
-    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), comment_prefixes=("#",))
     try:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
@@ -805,6 +850,8 @@ _SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", 1031 if sys.platform == "linux" 
 _ABANDON_SECONDS = 2.0
 _GROUP_CHECK_SECONDS = 0.05
 
+_POLL_MAX_MILLISECONDS = 2**31 - 1  # a C int: callers look at the clock again
+
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
 
 
@@ -813,8 +860,10 @@ def _poll(watched: Mapping[int, int], deadline: float = math.inf) -> dict[int, i
     poller = select.poll()
     for descriptor, events in watched.items():
         poller.register(descriptor, events)
-    seconds = deadline - time.monotonic()
-    return dict(poller.poll(None if seconds == math.inf else max(0, math.ceil(seconds * 1000))))
+    if deadline == math.inf:
+        return dict(poller.poll())
+    milliseconds = math.ceil((deadline - time.monotonic()) * 1000)
+    return dict(poller.poll(max(0, min(milliseconds, _POLL_MAX_MILLISECONDS))))
 
 
 def _spawn(launch: Launch) -> tuple[subprocess.Popen[bytes], dict[int, str]]:
@@ -917,6 +966,7 @@ class Run:
 
     def __init__(self, launch: Launch, settings: Settings, timeout: Optional[float], release: _Release) -> None:
         self._settings = settings
+        self._timeout = timeout
         self._process, self.outputs = _spawn(launch)
         self._release: Optional[_Release] = release  # gives the slot back; None once it has been
         self._lock = threading.RLock()  # re-entrant: a signal handler may kill what its own thread is stopping
@@ -926,9 +976,10 @@ class Run:
         self.seconds = 0.0
         self.reason = ""
         self.exit_code: Optional[int] = None
-        self._is_terminated = False
-        self._timeout_at = self.started + (timeout or math.inf)
-        self._kill_at = self._drain_at = self._abandon_at = self._check_at = math.inf
+        self._is_terminated = self._is_drained = False
+        self._due: dict[Callable[[], None], float] = {}  # what is to be done, by time.monotonic()
+        if timeout:
+            self._due[self._time_out] = self.started + timeout
         if settings.child_nofile and hasattr(resource, "prlimit"):
             with contextlib.suppress(OSError):  # it may have ended already
                 resource.prlimit(self.pid, resource.RLIMIT_NOFILE, settings.child_nofile)
@@ -981,22 +1032,16 @@ class Run:
 
     @property
     def _deadline(self) -> float:
-        return min(self._timeout_at, self._kill_at, self._drain_at, self._abandon_at, self._check_at)
+        return min(self._due.values(), default=math.inf)
 
     def _do_what_is_due(self) -> None:
-        now = time.monotonic()
-        if now >= self._timeout_at:
-            self.stop(f"timeout after {self._timeout_at - self.started:g} s")
-        if now >= self._kill_at:
-            self.kill()
-        if now >= self._drain_at:
-            self._end_drain()
-        if self._exit_watch is None and self.exit_code is None and (not self.outputs or self._drain_at == math.inf):
+        for action, moment in list(self._due.items()):
+            if time.monotonic() >= moment and self._due.pop(action, 0.0):
+                action()
+        if self._exit_watch is None and self.exit_code is None and (self._is_drained or not self.outputs):
             self._reap()
-        if now >= self._check_at:
-            self._check_group()
-        if now >= self._abandon_at:
-            self._abandon()
+        if self.reason and self.exit_code is not None:  # it owes nothing more: its answer is cut anyway
+            self._drop_outputs()
 
     def read(self, descriptor: int) -> bytes:
         """The next block of an output that is ready. Empty at its end, or when there was nothing after all."""
@@ -1020,18 +1065,17 @@ class Run:
     def stop(self, reason: str) -> None:
         """Ask the group to end: SIGTERM now, SIGKILL after the grace time. The first reason is the one that counts."""
         with self._lock:
-            if not self.reason and self.exit_code is None:
+            if not self.reason and not self.is_over:
                 self.reason = reason
-                self._timeout_at = math.inf
+                self._due.pop(self._time_out, None)
                 self._terminate()
 
     def kill(self) -> None:
         """End the group at once, where there still is one."""
-        if self._release is None:
-            return
-        self._kill_at = math.inf
-        self._abandon_at = time.monotonic() + _ABANDON_SECONDS
-        self._signal(signal.SIGKILL)
+        if self._release is not None:
+            self._due.pop(self.kill, None)
+            self._due.setdefault(self._abandon, time.monotonic() + _ABANDON_SECONDS)
+            self._signal(signal.SIGKILL)
 
     def close(self) -> None:
         """Stop the run if it goes on, wait until its group is gone, and free what it holds. May be called twice.
@@ -1045,14 +1089,17 @@ class Run:
                 self.read(descriptor)
             if self.is_over and self._release is not None:
                 _poll({}, self._deadline)
-        for descriptor in list(self.outputs):
-            self._close_output(descriptor)
+        self._drop_outputs()
+
+    def _time_out(self) -> None:
+        self.stop(f"timeout after {self._timeout:g} s")
 
     def _terminate(self) -> None:
-        self._is_terminated = True
-        self._kill_at = time.monotonic() + self._settings.grace_seconds
-        self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)  # a process that is stopped acts on SIGTERM only once it goes on
+        if not self._is_terminated:
+            self._is_terminated = True
+            self._due[self.kill] = time.monotonic() + self._settings.grace_seconds
+            self._signal(signal.SIGTERM)
+            self._signal(signal.SIGCONT)  # a process that is stopped acts on SIGTERM only once it goes on
 
     def _signal(self, number: int) -> None:
         """Signal the group. It may be empty, and may hold processes that are another user's (kill(2))."""
@@ -1075,35 +1122,34 @@ class Run:
         if self._exit_watch is not None:
             os.close(self._exit_watch)
             self._exit_watch = None
-        self._timeout_at = math.inf
-        self._drain_at = time.monotonic() + self._settings.drain_seconds
+        self._due.pop(self._time_out, None)
+        self._due[self._end_drain] = time.monotonic() + self._settings.drain_seconds
 
     def _end_drain(self) -> None:
-        """Take what is in the pipes now for the rest: whoever else holds them open is not waited for.
-
-        A run that was stopped owes nothing more: its answer is cut, and a slow client may not keep its slot.
-        """
-        self._drain_at = math.inf
+        """Take what is in the pipes now for the rest: whoever else holds them open is not waited for."""
+        self._is_drained = True
         for descriptor in list(self.outputs):
-            self._owed[descriptor] = 0 if self.reason else _bytes_in_pipe(descriptor)
+            self._owed[descriptor] = _bytes_in_pipe(descriptor)
             if not self._owed[descriptor]:
                 self._close_output(descriptor)
 
     def _reap(self) -> None:
         """Learn the exit code; whoever is left of the group is asked to end first, while its number is safe."""
         with self._lock:
-            if not self._is_terminated:
-                self._terminate()
+            self._terminate()
             code = self._process.wait()
-            self.seconds = time.monotonic() - self.started
-            self.exit_code = code if code >= 0 else 128 - code
+            self._set_exit_code(code if code >= 0 else 128 - code)
         self._check_group()
+
+    def _set_exit_code(self, code: int) -> None:
+        self.seconds = time.monotonic() - self.started
+        self.exit_code = code
 
     def _check_group(self) -> None:
         if self._is_group_empty():
             self._finish()
         else:
-            self._check_at = time.monotonic() + _GROUP_CHECK_SECONDS
+            self._due[self._check_group] = time.monotonic() + _GROUP_CHECK_SECONDS
 
     def _is_group_empty(self) -> bool:
         """Whether the group has gone; to be asked once its leader is reaped, who counts as long as he is not."""
@@ -1112,26 +1158,32 @@ class Run:
                 os.killpg(self.pid, 0)
             except ProcessLookupError:
                 return True
+            if self._is_number_reused():
+                return True
             while os.waitpid(-self.pid, os.WNOHANG)[0]:  # orphans come to us where we are process 1: reap them
                 pass
-        return self._is_number_reused() or not _has_living_member(self.pid)
+        return not _has_living_member(self.pid)
 
     def _abandon(self) -> None:
         """Give up on a group that SIGKILL does not end: its members are stuck in the kernel, or not ours to kill."""
         _log.warning("process group %d does not end: given up", self.pid)
         if self.exit_code is None:
             self._note_exit()
-            self.seconds = time.monotonic() - self.started
-            self.exit_code = 128 + signal.SIGKILL
-        for descriptor in list(self.outputs):
-            self._close_output(descriptor)
+            self._set_exit_code(128 + signal.SIGKILL)
+        if self.outputs:
+            self.reason = self.reason or "its processes do not end"
+            self._drop_outputs()
         self._finish()
 
     def _finish(self) -> None:
-        self._kill_at = self._drain_at = self._abandon_at = self._check_at = math.inf
+        self._due.clear()
         release, self._release = self._release, None
         if release is not None:
             release()
+
+    def _drop_outputs(self) -> None:
+        for descriptor in list(self.outputs):
+            self._close_output(descriptor)
 
     def _close_output(self, descriptor: int) -> None:
         os.close(descriptor)
@@ -1142,15 +1194,24 @@ def _has_living_member(group: int) -> bool:
     """Whether anyone but zombies is in a process group; where there is no /proc, as on macOS, they do not count anyway.
 
     An orphan's zombie is its group's until process 1 reaps it, which takes seconds in some containers, or for ever.
+    What cannot be read is taken for living.
     """
-    if not os.path.exists("/proc/self/stat"):
+    try:
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return not pids or any(_is_living_member(pid, group) for pid in pids)
+    except OSError:
         return True
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-            state, _parent, its_group = file.read().rpartition(b")")[2].split()[:3]
-            if int(its_group) == group and state not in (b"Z", b"X"):
-                return True
-    return False
+
+
+def _is_living_member(pid: int, group: int) -> bool:
+    """Whether a process is in a group and no zombie: dead, and without another thread that lives (proc_pid_stat(5))."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    state, its_group, threads = fields[0], int(fields[2]), int(fields[17])
+    return its_group == group and (state not in (b"Z", b"X") or threads > 1)
 
 
 def _bytes_in_pipe(descriptor: int) -> int:
@@ -1454,6 +1515,7 @@ _LINGER_SECONDS = 2.0
 _CUT_SECONDS = 0.5
 _BODY_SECONDS = 30.0
 _REPLY_SECONDS = 30.0
+_SHUTTING_DOWN = "the server is shutting down"
 # More threads than this are of no use on one machine; and a descriptor limit above it is not asked for.
 _DESCRIPTORS_MAX = 65536
 _COMMON_HEADERS = (
@@ -1598,7 +1660,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._body_bytes = 0
         is_reusable = request is not None and not request.wants_close and not request.body_bytes
         if reply.run is None or request is None:
-            exit_code, end = "-", self._send_whole(request, reply, is_reusable)
+            self._send_whole(request, reply, is_reusable)
+            exit_code, end = "-", "answered"
         else:
             outcome = self._send_run(request, reply, reply.run, is_reusable)
             exit_code, end = str(outcome.exit_code), outcome.reason
@@ -1665,7 +1728,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         del client.inbox[:size]
         return body
 
-    def _send_whole(self, request: Optional[Request], reply: Reply, is_reusable: bool) -> str:
+    def _send_whole(self, request: Optional[Request], reply: Reply, is_reusable: bool) -> None:
         """Send an answer that is known beforehand."""
         headers = dict(reply.headers)
         is_head = request is not None and request.method == "HEAD"
@@ -1675,7 +1738,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._body_bytes = len(body)
         self._client.send(_head_bytes(reply.status, headers, is_reusable) + body)
         self._client.settle(time.monotonic() + _REPLY_SECONDS, self._closing)
-        return "answered"
 
     def _send_run(self, request: Request, reply: Reply, run: Run, is_reusable: bool) -> Outcome:
         """Send what a run puts out, as it comes, and then how it ended, in the way the client can tell."""
@@ -1686,16 +1748,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if is_chunked:
             framing.update({"Transfer-Encoding": "chunked", "Trailer": "Exit-Code"})
         try:
+            self._must_reset = not is_chunked  # for HTTP/1.0 a close would be the proper end of any answer
             client.send(_head_bytes(reply.status, {**reply.headers, **framing}, is_reusable))
             self._pump(run, format_, is_chunked)
             outcome = run.outcome
             self._write(format_.end(outcome), is_chunked)
-            if outcome.reason:
-                # No final chunk: that is how the client tells a cut answer from a whole one (RFC 9112 section 8).
-                self._must_reset = not is_chunked
-            elif is_chunked:
+            # Without the final chunk the client can tell a cut answer from a whole one (RFC 9112 section 8).
+            if is_chunked and not outcome.reason:
                 client.send(b"0\r\nExit-Code: %d\r\n\r\n" % outcome.exit_code)
             client.settle(time.monotonic() + _CUT_SECONDS if outcome.reason else math.inf, self._closing)
+            if client.outbox and not outcome.reason:
+                outcome = outcome._replace(reason=_SHUTTING_DOWN)
+            self._must_reset = bool(outcome.reason) and not is_chunked
         finally:
             run.close()
             client.run = None
@@ -1719,7 +1783,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             ready = run.wait(watched, is_paused=bool(client.outbox))
             client.turn(ready.pop(client.fileno(), 0))
             if ready.pop(closing, 0):
-                run.stop("the server is shutting down")
+                run.stop(_SHUTTING_DOWN)
                 if self.server.is_killing:
                     run.kill()
             for descriptor in ready:
@@ -1908,7 +1972,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             runs = [client.run for client in self._clients if client.run]
         for run in runs:
-            run.stop("the server is shutting down")
+            run.stop(_SHUTTING_DOWN)
             run.kill()
 
     def close(self) -> None:
@@ -2005,9 +2069,10 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 def _load_commands(options: argparse.Namespace) -> dict[str, Command]:
     """The commands of the file and of the command line; where there are none of either, this machine's diagnostics."""
-    from_file = _read_config(options.config) if options.config else iter(())
-    given = map(_parse_command_argument, options.commands)
-    return _collect(itertools.chain(from_file, given) if options.config or options.commands else _diagnostics())
+    if options.config is None and not options.commands:
+        return _collect(_diagnostics())
+    from_file = iter(()) if options.config is None else _read_config(options.config)
+    return _collect(itertools.chain(from_file, map(_parse_command_argument, options.commands)))
 
 
 def _find_program(command: Command) -> Optional[str]:
@@ -2077,6 +2142,7 @@ def _handle_signals(server: Server) -> None:
     def on_signal(_number: int, _frame: object) -> None:
         (server.kill if server.is_closing else server.shutdown)()
 
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would lose every exit code (wait(2))
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         numbers.append(signal.SIGHUP)
@@ -2093,6 +2159,8 @@ def _print(*lines: str) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line; returns the exit code: 0, or 2 for a mistake in how it was called."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         options = _parse_arguments(argv)
         commands = _load_commands(options)
@@ -2116,9 +2184,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except Error as error:
         print(f"streamlog: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        where = f"{options.bind}:{options.port}"
-        print(f"streamlog: cannot listen on {where}: {error.strerror}; choose another with -b and -p", file=sys.stderr)
+    except (OSError, UnicodeError) as error:  # the latter for a host name that can be none
+        where, why = f"{options.bind}:{options.port}", getattr(error, "strerror", None) or error
+        print(f"streamlog: cannot listen on {where}: {why}; choose another with -b and -p", file=sys.stderr)
         return 2
     _configure_logging(options)
     _handle_signals(server)

@@ -99,6 +99,10 @@ class Placeholders(unittest.TestCase):
             ("sh -c 'ls {x}'", "!SCRIPT"),
             ("bash -ec 'ls {x}'", "!SCRIPT"),
             ("bash -o pipefail -c 'ls {x}'", "!SCRIPT"),
+            ("bash -oe pipefail -c 'ls {x}'", "!SCRIPT"),
+            ("bash --rcfile /dev/null -c 'ls {x}'", "!SCRIPT"),
+            ("busybox ash -c 'ls {x}'", "!SCRIPT"),
+            ("! ", "the script is empty"),
             ("env A=1 /bin/dash -c 'ls {x}'", "!SCRIPT"),
             ("sudo -u nobody zsh -c {x}", "!SCRIPT"),
             ("a\0b", "NUL"),
@@ -177,13 +181,18 @@ class Shell(unittest.TestCase):
             ("printf '%s|' 'is {x} quoted'", "is V quoted|"),
             ("printf '%s|' pre{x}post", "preVpost|"),
             ('printf "%s|" "$(printf %s {x})"', "V|"),
-            ('printf "%s|" "`printf %s {x}`"', "V|"),
-            ('printf "%s|" "${none:-{x}}"', "V|"),
+            ('printf "%s|" "(" {x} ")" "\'" {x}', "(|V|)|'|V|"),
+            ("# it's a comment with {x}\nprintf '%s|' {x}", "V|"),
+            ("printf '%s|' foo\\ #bar {x}", "foo #bar|V|"),
+            ("(true)#5\" it's\nprintf '%s|' {x}", "V|"),
             ("printf '%s|' 'a\\' {x} # it's {x}\nprintf '%s|' \" # \" {x}", "a\\|V| # |V|"),
-            ("# it's a comment\nprintf '%s|' {x}", "V|"),
             ("(printf '%s|' {x}); printf '%s|' \"$(echo $( (echo a) ) )\" {x}", "V|a|V|"),
-            ("printf '%s|' \\\"{x}\\'{x}", "\"V'V|"),
-            ("cat <<E\n'\"{x}\"'\nE\n:", None),
+            ("printf '%s|' '\\{x}'", "\\V|"),
+            ("p=a/b; printf '%s|' ${p##*/} ${none:-c} \"${p%/*}\" {x}", "b|c|a|V|"),
+            ("case a in a) printf '%s|' {x};; esac", "V|"),
+            ("x={x}; cat <<E\n$x\nE", "V\n"),
+            ('x={x}; printf \'%s|\' "`printf %s "$x"`"', "V|"),
+            ('sh -c \'printf "%s|" "$1"\' sh {x}', "V|"),
         ):
             with self.subTest(script=script):
                 command = Command("!" + script.replace("{x}", "{x:text}"))
@@ -192,11 +201,31 @@ class Shell(unittest.TestCase):
                 found = subprocess.run(
                     launch.argv, env=launch.env, stdout=subprocess.PIPE, check=True, text=True
                 ).stdout
-                if expected is not None:
-                    self.assertEqual(found, expected.replace("V", self.NASTY))
+                self.assertEqual(found, expected.replace("V", self.NASTY))
+
+    def test_a_place_where_a_value_could_fall_apart_or_be_evaluated_is_refused(self) -> None:
+        for script, told in (
+            ('cat <<E\n5" disk\nE\nprintf "<%s>" {x}', "comes behind '<<'"),
+            ('echo "$(case a in a) printf "[%s]" {x};; esac)"', "comes behind 'case'"),
+            ('echo "`printf %s {x}`"', "comes behind '`'"),
+            ('echo "$(echo ${y#*(}) {x}"', r"comes behind '\$\{'"),
+            ('echo "${y:-{x}}"', r"comes behind '\$\{'"),
+            ("y=$'it\\'s'; printf '<%s>' \"{x}\"", 'comes behind "\\$\'"'),
+            ("echo \\{x}", "comes behind '\\\\"),
+            ('echo "\\{x}"', "comes behind '\\\\"),
+            ("echo $(({x}))", "stands in arithmetic"),
+            ('$((printf "[%s]" {x}) | cat)', "stands in arithmetic"),
+            ("sh -c 'echo {x}'", "read as shell text"),
+            ('timeout 3 sh -c "echo {x}"', "read as shell text"),
+            ("find . -exec /bin/bash -ec -x {x} ;", "read as shell text"),
+            ("true; env A=1 dash -c {x}", "read as shell text"),
+        ):
+            with self.subTest(script=script), self.assertRaisesRegex(ConfigError, told):
+                Command("!" + script.replace("{x}", "{x:text}"))
 
     def test_a_number_can_be_reckoned_with(self) -> None:
-        self.assertEqual(output('!echo $(( {a:int} + (2 * {a}) )) "$(({a}))" {a}', a="7"), "21 7 7\n")
+        script = '!echo $(( (1+2) * {a:int} + (2 * {a}) )) "$(({a}))" {a}'
+        self.assertEqual(output(script, a="7"), "35 7 7\n")
 
     def test_a_value_travels_in_the_environment_only(self) -> None:
         launch = Command("!echo {x:text}").bind("t", {"x": "secret"})
@@ -239,14 +268,14 @@ class Config(unittest.TestCase):
         commands = self.read(
             "# a comment\n"
             "[logs]\ncommand = tail -n {lines:int=100} -F /var/log/{file:syslog|auth.log}\nabout = Follow: 50% = half\n"
-            "[busiest]\ncommand = !ps aux --sort=-%cpu |\n  head -n {n:int=10}\n"
+            "[busiest]\ncommand = !ps aux --sort=-%cpu |\n  head -n {n:int=10}\n  ;; esac\n"
             "[restart]\ncommand = true {unit:nginx|redis}\nmethod = POST\ntimeout = 1.5\nmax = 1\nstderr = discard\n"
             "cwd = /\nenv =\n  A=1\n  B=x=y\ntype = text/csv\n"
         )
         self.assertEqual(list(commands), ["logs", "busiest", "restart"])
         self.assertEqual(commands["logs"].about, "Follow: 50% = half")
         self.assertEqual(commands["logs"].parameters["file"].choices, ["syslog", "auth.log"])
-        self.assertTrue(commands["busiest"].is_shell)
+        self.assertEqual(commands["busiest"].command, "!ps aux --sort=-%cpu |\nhead -n {n:int=10}\n;; esac")
         restart = commands["restart"]
         self.assertEqual((restart.method, restart.timeout, restart.max, restart.stderr), ("POST", 1.5, 1, "discard"))
         self.assertEqual((restart.cwd, restart.env, restart.type), ("/", {"A": "1", "B": "x=y"}, "text/csv"))

@@ -63,7 +63,9 @@ class Mistakes(unittest.TestCase):
                 (["-p", port, "true"], f"cannot listen on 127.0.0.1:{port}: Address already in use"),
                 (["-b", "192.0.2.1", "--no-auth", "true"], "cannot listen on 192.0.2.1:8000: "),
                 (["-b", "no.such.host.invalid", "true"], "cannot listen on no.such.host.invalid:8000: "),
+                (["-b", "a..b", "true"], "cannot listen on a..b:8000: "),
                 (["-b", "0.0.0.0", "true"], "--no-auth"),
+                (["-c", ""], "cannot read '': No such file"),
             ):
                 with self.subTest(arguments=arguments):
                     code, out, err = call(*arguments)
@@ -136,6 +138,10 @@ class Texts(unittest.TestCase):
             "     stderr: discard\n     cwd: /\n     type: text/csv\n     env: A=1\n"
             f"GET  /disk  df -h\n     program: {shutil.which('df')}\n",
         )
+
+    def test_a_terminal_that_cannot_show_a_character_gets_it_escaped(self) -> None:
+        done = run_program("--check", "x=echo é", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        self.assertEqual((done.returncode, done.stdout.splitlines()[0]), (0, "GET  /x  echo \\xe9"))
 
     def test_check_without_commands_shows_this_machine_s_diagnostics(self) -> None:
         code, out, _ = call("--check")
@@ -274,7 +280,7 @@ class Endings(ServerCase):
         ignore = (
             "import os, signal, sys\nfor n in (1, 2, 15): signal.signal(n, 1)\nsignal.pthread_sigmask(0, [2, 15])\n"
         )
-        command = [PROGRAM, "-p", "0", "x=grep -E Sig(Ign|Blk) /proc/self/status"]
+        command = [PROGRAM, "-p", "0", "x=grep -E Sig(Ign|Blk) /proc/self/status", "false"]
         script = f"{ignore}os.execv(sys.executable, [sys.executable, *{command!r}])"
         process = subprocess.Popen(
             [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -288,8 +294,8 @@ class Endings(ServerCase):
         self.assertEqual(int(masks["SigIgn"], 16) & (1 << 14 | 1 << 1 | 1), 1)  # HUP stays ignored, for nohup
         process.send_signal(signal.SIGHUP)
         with Raw(("127.0.0.1", port)) as client:
-            client.get("/-/healthy")
-            self.assertEqual(client.read_answer().body, b"ok")
+            client.get("/false")  # its exit code would be lost with SIGCHLD ignored
+            self.assertEqual(client.read_answer().trailers, {"Exit-Code": "1"})
         process.terminate()
         process.communicate(timeout=10)
         self.assertEqual(process.returncode, 0)

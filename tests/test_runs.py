@@ -215,6 +215,35 @@ class Stops(RunCase):
         real(run.pid, signal.SIGKILL)
         run._process.wait()
 
+    def test_a_stop_while_a_slow_reader_is_still_owed_output_ends_it_cut(self) -> None:
+        run = self.run_("!head -c 60000 /dev/zero; sleep 300 & exit 0", drain_seconds=0.1)
+        self.stall(run)
+        self.assertFalse(run.is_over)
+        run.stop("enough")
+        run.wait({}, is_paused=True)
+        self.assertEqual((run.is_over, run.outcome.exit_code, run.reason), (True, 0, "enough"))
+
+    def test_output_that_is_given_up_makes_a_cut_answer(self) -> None:
+        run = self.run_("!head -c 60000 /dev/zero; sleep 300 & exit 0", drain_seconds=0.1, grace_seconds=0.1)
+        real = os.killpg
+        with mock.patch.object(streamlog, "_ABANDON_SECONDS", 0.1), self.assertLogs("streamlog", "WARNING"):
+            with mock.patch.object(os, "killpg", side_effect=PermissionError):
+                self.stall(run)
+                while not run.is_over:
+                    run.wait({}, is_paused=True)
+        self.assertEqual((run.exit_code, run.reason), (0, "its processes do not end"))
+        real(run.pid, signal.SIGKILL)
+
+    def test_who_cannot_be_looked_at_is_taken_for_living(self) -> None:
+        for target in ("os.listdir", "builtins.open"):
+            with mock.patch(target, side_effect=OSError(errno.EMFILE, "too many")):
+                self.assertTrue(streamlog._has_living_member(1))
+        self.assertFalse(streamlog._has_living_member(1 << 30))
+
+    def test_a_month_is_not_too_long_a_timeout(self) -> None:
+        run = self.run_("echo x", timeout=3e6, grace_seconds=3e6)
+        self.assertEqual((self.read_all(run), run.exit_code), (b"x\n", 0))
+
     def test_stop_raced_against_the_exit_signals_nobody_else(self) -> None:
         bystander = subprocess.Popen(["sleep", "300"], start_new_session=True)
         for _ in range(SOAK):

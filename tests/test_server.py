@@ -24,6 +24,12 @@ from streamlog import Command
 
 from .support import IS_ROOT, ROOT, SOAK, Raw, ServerCase, descriptors, is_alive, pids_in, resident_bytes, wait_until
 
+# Writes until neither the pipe nor the reader has taken anything for a while, and ends.
+FILL = """import os, select
+os.set_blocking(1, False)
+while select.select([], [1], [], 0.5)[1]:
+    os.write(1, bytes(65536))
+"""
 BROWSER = "Accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 
 
@@ -655,6 +661,27 @@ class Closings(ServerCase):
         started = time.monotonic()
         server.close()
         self.assertLess(time.monotonic() - started, 3)
+
+    def test_an_answer_that_a_close_cuts_short_is_not_taken_for_whole(self) -> None:
+        for version in ("1.0", "1.1"):
+            with self.subTest(version=version):
+                server = self.serve({"x": self.python(FILL)}, drain_seconds=0.1)
+                client = self.connect(server, receive_buffer=4096)
+                client.get("/x", version=version)
+                client.buffer = client.read_until(b"\r\n\r\n")
+                (held,) = server._clients
+                wait_until(
+                    lambda run=held.run: run.exit_code is not None,  # type: ignore[misc]
+                    "the command is over",
+                )
+                used = time.process_time()
+                started = time.monotonic()
+                with self.assertLogs("streamlog") as logged:
+                    server.close()
+                self.assertLess(time.monotonic() - started, 3)
+                self.assertLess(time.process_time() - used, 1)
+                self.assertIn('end="the server is shutting down"', "".join(logged.output))
+                self.assertFalse(client.read_answer().is_whole)
 
     def test_kill_ends_without_grace(self) -> None:
         server = self.serve({"x": "!trap '' TERM; echo; while :; do sleep 0.05; done"}, grace_seconds=60)
