@@ -800,12 +800,11 @@ class Shortages(ServerCase):
     """Limits of the real system, met by a server in a process of its own."""
 
     def start(self, *options: str) -> tuple[subprocess.Popen[str], int]:
+        # Not measured for coverage: who has given up his rights cannot write what was measured.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+        command = [sys.executable, "-m", "tests.starved", *options]
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.starved", *options],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         assert process.stdout and process.stderr
         self.addCleanup(process.stderr.close)
