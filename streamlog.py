@@ -52,16 +52,22 @@ if os.name != "posix" or sys.version_info < (3, 9):  # said before an import bel
         sys.exit(_NEEDS)
     raise ImportError(_NEEDS)
 
+import base64
+import codecs
 import contextlib
 import dataclasses
+import datetime
 import email.utils
 import errno
 import fcntl
+import hashlib
+import html
 import http
 import http.server
 import io
 import ipaddress
 import itertools
+import json
 import logging
 import math
 import re
@@ -79,7 +85,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Union
 
@@ -406,8 +412,9 @@ class Command:
 
     command: a command line with placeholders, split by shlex and run without a shell, or `!` and a script
         for /bin/sh. about: a description. method: GET or POST. timeout: seconds, 0 for no limit, None for
-        the server's. max: runs at a time, or None. stderr: merge, separate or discard. cwd: the directory to
-        run in. env: variables to add. type: the Content-Type of the output.
+        the server's. max: runs at a time, or None. stderr: merge, separate or discard; None: merge in text,
+        where order counts, and separate in the formats that tell it apart. cwd: the directory to run in. env:
+        variables to add. type: the Content-Type of the output.
     """
 
     command: str
@@ -415,7 +422,7 @@ class Command:
     method: str = "GET"
     timeout: Optional[float] = None
     max: Optional[int] = None
-    stderr: str = "merge"
+    stderr: Optional[str] = None
     cwd: Optional[str] = None
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     type: str = _PLAIN_TEXT
@@ -424,9 +431,9 @@ class Command:
     _uses: Sequence[tuple[Parameter, bool]] = dataclasses.field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
-        for option, known in (("method", ("GET", "POST")), ("stderr", ("merge", "separate", "discard"))):
+        for option, known in (("method", ("GET", "POST")), ("stderr", (None, "merge", "separate", "discard"))):
             if getattr(self, option) not in known:
-                raise ConfigError(f"{option} must be {' or '.join(known)}: {getattr(self, option)!r}")
+                raise ConfigError(f"{option} must be {' or '.join(filter(None, known))}: {getattr(self, option)!r}")
         if self.timeout is not None and not 0 <= self.timeout < math.inf:
             raise ConfigError(f"timeout must be a number of seconds, or 0 for no limit: {self.timeout!r}")
         if self.max is not None and self.max < 1:
@@ -479,8 +486,11 @@ class Command:
         """The program that is started, as written."""
         return str(self._arguments[0][0])
 
-    def bind(self, name: str, values: Mapping[str, str]) -> Launch:
-        """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text."""
+    def bind(self, name: str, values: Mapping[str, str], stderr: str = "merge") -> Launch:
+        """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text.
+
+        `stderr` is where standard error goes unless the command itself says so.
+        """
         bound: dict[str, str] = {}
         for parameter in self.parameters.values():
             value = values.get(parameter.name, parameter.default)
@@ -501,7 +511,7 @@ class Command:
         env.update({"PYTHONUNBUFFERED": "1", **self.env})
         if self.is_shell:
             env.update({f"arg_{key}": value for key, value in bound.items()})
-        return Launch(argv, env, self.cwd, self.stderr)
+        return Launch(argv, env, self.cwd, self.stderr or stderr)
 
     def _check_value(self, name: str, parameter: Parameter, value: str, starts_argument: bool) -> None:
         problem = parameter.problem(value, starts_argument, self.is_shell)
@@ -701,13 +711,14 @@ class Request:
         tokens = self.headers.get("connection", "").lower().split(",")
         return self.is_http_1_0 or "close" in (token.strip(" \t") for token in tokens)
 
-    def names_type(self, media_type: str) -> bool:
-        """Whether Accept names a media type itself, and not only by a wildcard (RFC 9110 section 12.5.1)."""
-        for item in self.headers.get("accept", "").lower().split(","):
-            name, *options = (part.strip(" \t") for part in item.split(";"))
-            if name == media_type:
-                return not any(re.fullmatch(r"q=0(\.0*)?", option) for option in options)
-        return False
+    @property
+    def accepted(self) -> set[str]:
+        """The media types and ranges that Accept names, but for those it rules out (RFC 9110 section 12.5.1)."""
+        items = (
+            item.replace(" ", "").replace("\t", "").split(";")
+            for item in self.headers.get("accept", "").lower().split(",")
+        )
+        return {name for name, *options in items if not any(re.fullmatch(r"q=0(\.0*)?", option) for option in options)}
 
 
 def _find_head(inbox: bytearray, seen: int = 0) -> int:
@@ -806,6 +817,16 @@ def _printable(text: bytes) -> str:
 # ---------------------------------------------------------------------------------------------
 # formats: how output is written for a client. Pure: (stream, bytes) to bytes, and at the end an outcome to bytes
 
+# A line of a tagged format is held until it is whole, or for so long with nothing following, as behind a prompt.
+_PARTIAL_SECONDS = 0.25
+# Proxies drop connections that are silent for a minute or less; EventSource's standard suggests 15 s.
+_SSE_COMMENT_SECONDS = 15.0
+# A line that does not end, and an escape sequence that does not, are held no further than this.
+_LINE_CHARACTERS = 64 * 1024
+_ESCAPE_CHARACTERS = 1024
+# Lines of a page in one block: a browser lays out the blocks it shows and leaves the others.
+_BLOCK_LINES = 200
+
 
 class Outcome(NamedTuple):
     """How a run ended: `reason` is why the server ended it, and empty when it ended by itself."""
@@ -813,27 +834,476 @@ class Outcome(NamedTuple):
     exit_code: int
     reason: str
     seconds: float
+    signal: Optional[int] = None
+
+    @property
+    def note(self) -> str:
+        """The end, as a line for people."""
+        said = f"stopped: {self.reason}" if self.reason else f"exit {self.exit_code}"
+        return f"[{said}, {self.seconds:.1f} s]"
 
 
-class Text:
-    """Output as it is. `notes` says when a line of the server's own follows: never, cut (if cut) or always."""
+class Options(NamedTuple):
+    """What a request says about how it wants its output. `notes`: when a last line follows (never, cut, always)."""
 
-    def __init__(self, notes: str) -> None:
-        self._notes = notes
-        self._at_line_start = True
+    format: str = "text"
+    notes: str = "cut"
+    timestamps: bool = False
+    heartbeat_seconds: float = math.inf
+    title: str = ""
+
+
+_PLAIN = Options()
+
+
+class Format:
+    """Output as it is; the other formats build on it.
+
+    A format is fed what comes, and told of silence: `pause` is called when nothing has come for `patience` seconds.
+    """
+
+    def __init__(self, options: Options = _PLAIN, clock: Callable[[], float] = time.time) -> None:
+        self._options = options
+        self._clock = clock
+        self._silence = 0.0
+
+    @property
+    def patience(self) -> float:
+        """Seconds of silence after which `pause` has something to say."""
+        return math.inf
+
+    def start(self) -> bytes:
+        """What stands before the output."""
+        return b""
 
     def feed(self, stream: str, data: bytes) -> bytes:
         """Output of the run, as the client gets it."""
-        self._at_line_start = data.endswith(b"\n")
         return data
+
+    def pause(self) -> bytes:
+        """What is said of a silence."""
+        return b""
 
     def end(self, outcome: Outcome) -> bytes:
         """What follows the output."""
-        if self._notes == "never" or (self._notes == "cut" and not outcome.reason):
-            return b""
-        said = f"stopped: {outcome.reason}" if outcome.reason else f"exit {outcome.exit_code}"
+        return b""
+
+    def _wants_note(self, outcome: Outcome) -> bool:
+        return self._options.notes == "always" or (self._options.notes == "cut" and bool(outcome.reason))
+
+    def _stamp(self) -> str:
+        """The time, as RFC 3339 has it, with milliseconds and zone."""
+        moment = datetime.datetime.fromtimestamp(self._clock()).astimezone()
+        return moment.isoformat(timespec="milliseconds")
+
+    def _still_running(self) -> str:
+        self._silence += self.patience
+        return f"[still running, silent for {self._silence:g} s]"
+
+
+class Text(Format):
+    """Output as it is, for curl and for a browser tab, with notes and timestamps if they are asked for."""
+
+    _at_line_start = True
+
+    @property
+    def patience(self) -> float:
+        return self._options.heartbeat_seconds
+
+    def feed(self, stream: str, data: bytes) -> bytes:
+        self._silence = 0.0
+        starts_line, self._at_line_start = self._at_line_start, data.endswith(b"\n")
+        if not self._options.timestamps:
+            return data
+        stamp = f"{self._stamp()} ".encode()
+        body = data[:-1] if self._at_line_start else data
+        return (stamp if starts_line else b"") + body.replace(b"\n", b"\n" + stamp) + data[len(body) :]
+
+    def pause(self) -> bytes:
+        return self._note(self._still_running())
+
+    def end(self, outcome: Outcome) -> bytes:
+        return self._note(outcome.note) if self._wants_note(outcome) else b""
+
+    def _note(self, note: str) -> bytes:
         line_end = "" if self._at_line_start else "\n"
-        return f"{line_end}[{said}, {outcome.seconds:.1f} s]\n".encode()
+        self._at_line_start = True
+        return f"{line_end}{note}\n".encode()
+
+
+class _Lane:
+    """What is kept of one stream between two pieces of it: a character, a line or an escape sequence may be split."""
+
+    def __init__(self, errors: str) -> None:
+        self.decode = codecs.getincrementaldecoder("utf-8")(errors).decode
+        self.held = ""
+        self.style: dict[str, str] = {}
+
+
+class _Lanes(dict[str, _Lane]):
+    """The lanes of a run, by stream. What is not UTF-8 is decoded as `errors` says."""
+
+    def __init__(self, errors: str) -> None:
+        self._errors = errors
+
+    def __missing__(self, stream: str) -> _Lane:
+        return self.setdefault(stream, _Lane(self._errors))
+
+
+class _Lines(Format):
+    """Whole lines, each with its stream: for programs. Subclasses write them.
+
+    A line that is not finished goes out, marked where the format can, after a quarter of a second of silence; what
+    follows of it is a line again. Bytes that are not UTF-8 become lone surrogates (PEP 383) on the way.
+    """
+
+    def __init__(self, options: Options = _PLAIN, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(options, clock)
+        self._lanes = _Lanes("surrogateescape")
+
+    @property
+    def patience(self) -> float:
+        return _PARTIAL_SECONDS if any(lane.held for lane in self._lanes.values()) else self._patience
+
+    _patience = math.inf
+
+    def feed(self, stream: str, data: bytes) -> bytes:
+        lane = self._lanes[stream]
+        *lines, lane.held = (lane.held + lane.decode(data)).split("\n")
+        written = self._write(stream, lines) if lines else ""
+        if len(lane.held) > _LINE_CHARACTERS:
+            written += self._flush()
+        return written.encode()
+
+    def pause(self) -> bytes:
+        return self._flush().encode()
+
+    def end(self, outcome: Outcome) -> bytes:
+        for lane in self._lanes.values():
+            lane.held += lane.decode(b"", True)
+        return (self._flush() + self._close(outcome)).encode()
+
+    def _flush(self) -> str:
+        """Write what is there of unfinished lines."""
+        written = ""
+        for stream, lane in self._lanes.items():
+            if lane.held:
+                written += self._write(stream, [lane.held], is_partial=True)
+                lane.held = ""
+        return written
+
+    def _write(self, stream: str, lines: Sequence[str], is_partial: bool = False) -> str:
+        raise NotImplementedError
+
+    def _close(self, outcome: Outcome) -> str:
+        raise NotImplementedError
+
+
+class Ndjson(_Lines):
+    """One JSON object a line: time, stream, line, and partial where it is unfinished; last the end."""
+
+    def _write(self, stream: str, lines: Sequence[str], is_partial: bool = False) -> str:
+        quote = json.encoder.encode_basestring_ascii
+        head = f'{{"time": "{self._stamp()}", "stream": "{stream}", "line": '
+        tail = ', "partial": true}\n' if is_partial else "}\n"
+        return head + f"{tail}{head}".join(map(quote, lines)) + tail
+
+    def _close(self, outcome: Outcome) -> str:
+        end: dict[str, object] = {"time": self._stamp(), "exit_code": outcome.exit_code}
+        if outcome.signal is not None:
+            end["signal"] = outcome.signal
+        return json.dumps({**end, "seconds": round(outcome.seconds, 3), "reason": outcome.reason or "exit"}) + "\n"
+
+
+class Sse(_Lines):
+    """Server-sent events (WHATWG HTML, section 9.2). An id is the number of bytes of output up to there."""
+
+    _offset = 0
+    _patience = _SSE_COMMENT_SECONDS
+
+    def start(self) -> bytes:
+        # With an id from the start every reconnect of an EventSource has a Last-Event-ID, and starts nothing.
+        return b"id: 0\n\n"
+
+    def pause(self) -> bytes:
+        return super().pause() or b": still running\n\n"
+
+    def _write(self, stream: str, lines: Sequence[str], is_partial: bool = False) -> str:
+        text = "\n".join(lines)
+        lengths = map(len, lines) if text.isascii() else (len(_to_bytes(line)) for line in lines)
+        ids = itertools.accumulate((length + (not is_partial) for length in lengths), initial=self._offset)
+        next(ids)
+        if "\r" in text:  # it would end the field (a line of data has none)
+            lines = [line.strip("\r").replace("\r", "\ndata: ") for line in lines]
+        if not text.isascii():
+            lines = [_to_bytes(line).decode(errors="replace") for line in lines]
+        event = "event: stderr\n" if stream == "stderr" else ""
+        events = []
+        for line, self._offset in zip(lines, ids):
+            events.append(f"{event}id: {self._offset}\ndata: {line}\n\n")
+        return "".join(events)
+
+    def _close(self, outcome: Outcome) -> str:
+        stopped = f"event: stopped\ndata: {outcome.reason}\n\n" if outcome.reason else ""
+        return f"{stopped}event: exit\nid: {self._offset}\ndata: {outcome.exit_code}\n\n"
+
+
+def _to_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+# What is special to a terminal: ends of a line other than \n, escape sequences (ECMA-48) in their two spellings, and
+# the other control characters but tab. A sequence that never ends is cut short, and what remains of it is text.
+_CSI = f"(?:\x1b\\[|\x9b)([0-?]{{0,{_ESCAPE_CHARACTERS}}})([ -/]*)([@-~])"
+_STRING = f"(?:\x1b[PX\\]^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]{{0,{_ESCAPE_CHARACTERS}}}(?:\x07|\x1b\\\\|\x9c)"
+_TERMINAL = re.compile(f"\r+\n|\r+|{_CSI}|{_STRING}|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_UNFINISHED = re.compile(
+    f"(?:\r+|(?:\x1b\\[|\x9b)[0-?]{{0,{_ESCAPE_CHARACTERS}}}[ -/]*|\x1b[ -/]*"
+    f"|(?:\x1b[PX\\]^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]{{0,{_ESCAPE_CHARACTERS}}}\x1b?)\\Z"
+)
+_LEVELS = (0, 95, 135, 175, 215, 255)  # of xterm's colour cube
+_ATTRIBUTES = {
+    1: ("font-weight", "bold"),
+    2: ("opacity", ".7"),
+    3: ("font-style", "italic"),
+    4: ("text-decoration", "underline"),
+    7: ("inverse", "1"),
+    9: ("text-decoration", "line-through"),
+    22: ("font-weight opacity", ""),
+    23: ("font-style", ""),
+    24: ("text-decoration", ""),
+    27: ("inverse", ""),
+    29: ("text-decoration", ""),
+    39: ("color", ""),
+    49: ("background", ""),
+}
+
+
+def _set_style(style: dict[str, str], parameters: str) -> None:
+    """Act on the parameters of a Select Graphic Rendition sequence (ECMA-48 section 8.3.117)."""
+    codes = [int(code or 0) for code in re.sub(r":(?=:)", "", parameters).replace(":", ";").split(";") if len(code) < 6]
+    while codes:
+        code = codes.pop(0)
+        if code == 0:
+            style.clear()
+        elif code in (38, 48):
+            style["color" if code == 38 else "background"] = _take_colour(codes)
+        elif code in _ATTRIBUTES:
+            names, value = _ATTRIBUTES[code]
+            style.update(dict.fromkeys(names.split(), value))
+        elif 30 <= code <= 37 or 90 <= code <= 97:
+            style["color"] = f"var(--c{code - 30 if code < 90 else code - 82})"
+        elif 40 <= code <= 47 or 100 <= code <= 107:
+            style["background"] = f"var(--c{code - 40 if code < 100 else code - 92})"
+
+
+def _take_colour(codes: list[int]) -> str:
+    """Take an extended colour from the front of the codes: 5 and an index of 256, or 2 and red, green, blue."""
+    kind = codes.pop(0) if codes else 0
+    if kind == 2 and len(codes) >= 3:
+        red, green, blue = (min(codes.pop(0), 255) for _ in range(3))
+    elif kind == 5 and codes:
+        index = codes.pop(0)
+        if index < 16:
+            return f"var(--c{index})"
+        if index < 232:
+            red, green, blue = (_LEVELS[(index - 16) // step % 6] for step in (36, 6, 1))
+        else:
+            red = green = blue = min(8 + 10 * (index - 232), 255)
+    else:
+        codes.clear()  # what is left of a sequence that is cut short means nothing
+        return ""
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def _css(style: Mapping[str, str]) -> str:
+    """A style as the value of a style attribute."""
+    shown = {name: value for name, value in style.items() if value}
+    if shown.pop("inverse", ""):
+        colour, background = shown.get("color", "var(--text)"), shown.get("background", "var(--page)")
+        shown.update(color=background, background=colour)
+    return ";".join(f"{name}:{value}" for name, value in sorted(shown.items()))
+
+
+class Html(Format):
+    """A page for people: colours, numbered lines, a view that follows the newest one.
+
+    What it writes depends on what it was fed and not on how that was cut into pieces. A line is a <p>. One that a
+    carriage return begins anew is hidden by the rule `p:has(+ .r)`, so that a progress bar shows its latest state.
+    """
+
+    def __init__(self, options: Options = _PLAIN, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(options, clock)
+        self._lanes = _Lanes("replace")
+        self._lines = 0
+        self._open = ""  # the stream whose line is open
+        self._css = ""  # the style of the <span> that is open in it
+        self._is_returned = False  # a carriage return has come, and nothing after it
+
+    @property
+    def patience(self) -> float:
+        return self._options.heartbeat_seconds
+
+    def start(self) -> bytes:
+        title = html.escape(self._options.title)
+        return _PAGE.replace("TITLE", title).replace("STYLE", _COLOURS + _VIEW_STYLE).encode()
+
+    def feed(self, stream: str, data: bytes) -> bytes:
+        self._silence = 0.0
+        lane = self._lanes[stream]
+        return self._advance(stream, lane.held + lane.decode(data), is_last=False)
+
+    def pause(self) -> bytes:
+        return self._note("n", self._still_running())
+
+    def end(self, outcome: Outcome) -> bytes:
+        rest = b"".join(
+            self._advance(stream, lane.held + lane.decode(b"", True), is_last=True)
+            for stream, lane in list(self._lanes.items())
+        )
+        note = self._note("n x", outcome.note) if self._options.notes != "never" else self._close_line().encode()
+        return rest + note + b"</div></div></main></body></html>\n"
+
+    def _note(self, classes: str, note: str) -> bytes:
+        self._is_returned = False
+        return f'{self._close_line()}<p class="{classes}">{html.escape(note)}</p>\n'.encode()
+
+    def _advance(self, stream: str, text: str, is_last: bool) -> bytes:
+        lane = self._lanes[stream]
+        unfinished = None if is_last else _UNFINISHED.search(text, max(0, len(text) - _ESCAPE_CHARACTERS - 4))
+        lane.held = unfinished[0] if unfinished else ""
+        out: list[str] = []
+        at = 0
+        for match in _TERMINAL.finditer(text, 0, len(text) - len(lane.held)):
+            self._add(out, stream, text[at : match.start()])
+            at = match.end()
+            token = match[0]
+            if token[0] == "\r":
+                self._is_returned = self._open == stream
+                if token[-1] == "\n":
+                    self._is_returned = False
+                    self._add(out, stream, "\n")
+            elif match[3] == "m" and not match[2]:
+                _set_style(lane.style, match[1])
+        self._add(out, stream, text[at : len(text) - len(lane.held)])
+        return "".join(out).encode()
+
+    def _add(self, out: list[str], stream: str, text: str) -> None:
+        """Write text without anything special in it but ends of lines."""
+        first, *lines = html.escape(text, quote=False).split("\n")
+        self._add_piece(out, stream, first)
+        if not lines:
+            return
+        if not self._open:
+            out.append(self._open_line(stream))
+        out.append(self._close_line())
+        *lines, last = lines
+        if _css(self._lanes[stream].style):
+            for line in lines:
+                self._add_piece(out, stream, line)
+                out.append((self._open_line(stream) if not self._open else "") + self._close_line())
+        else:
+            self._add_lines(out, stream, lines)
+        self._add_piece(out, stream, last)
+
+    def _add_lines(self, out: list[str], stream: str, lines: Sequence[str]) -> None:
+        """Write whole lines without a style, a block at a time."""
+        at = 0
+        while at < len(lines):
+            size = _BLOCK_LINES - self._lines % _BLOCK_LINES
+            first = self._open_line(stream)
+            block = lines[at : at + size]
+            self._lines += len(block) - 1
+            out.append(first + f"</p>\n{self._line_tag(stream)}".join(block) + "</p>\n")
+            at += size
+        self._open = ""
+
+    def _add_piece(self, out: list[str], stream: str, text: str) -> None:
+        """Write a part of a line; open the line, or begin it anew, if that is due."""
+        if not text:
+            return
+        if self._open != stream:
+            self._is_returned = False
+        if self._open and (self._open != stream or self._is_returned):
+            out.append(self._close_line())
+        if not self._open:
+            out.append(self._open_line(stream))
+        css = _css(self._lanes[stream].style)
+        if css != self._css:
+            out.append(("</span>" if self._css else "") + (f'<span style="{css}">' if css else ""))
+            self._css = css
+        out.append(text)
+
+    def _open_line(self, stream: str) -> str:
+        self._open = stream
+        if self._is_returned:
+            self._is_returned = False
+            return self._line_tag(stream, "r")
+        starts_block = self._lines % _BLOCK_LINES == 0
+        between = "</div><div>" if starts_block and self._lines else ""
+        self._lines += 1
+        return between + self._line_tag(stream)
+
+    def _line_tag(self, stream: str, returned: str = "") -> str:
+        classes = " ".join(filter(None, ["e" if stream == "stderr" else "", returned]))
+        stamp = f"<time>{self._stamp()}</time> " if self._options.timestamps else ""
+        return (f'<p class="{classes}">' if classes else "<p>") + stamp
+
+    def _close_line(self) -> str:
+        closed = ("</span>" if self._css else "") + ("</p>\n" if self._open else "")
+        self._open = self._css = ""
+        return closed
+
+
+# Colours of a terminal, dark enough on light and light enough on dark.
+_COLOURS = """
+:root { color-scheme: light dark; --page: #fff; --text: #1a1a1a; --soft: #666; --line: #d8d8d8; --accent: #0b57d0;
+  --c0: #000; --c1: #b3261e; --c2: #146c2e; --c3: #7a5900; --c4: #0b57d0; --c5: #8430ce; --c6: #00687a; --c7: #767676;
+  --c8: #555; --c9: #dc362e; --c10: #198639; --c11: #946f00; --c12: #1b6ef3; --c13: #a142f4; --c14: #00818f;
+  --c15: #999 }
+@media (prefers-color-scheme: dark) { :root { --page: #16181c; --text: #e3e3e3; --soft: #9a9a9a; --line: #3a3d43;
+  --accent: #a8c7fa;
+  --c0: #6b6b6b; --c1: #f2857d; --c2: #6dd58c; --c3: #e0b94f; --c4: #7cacf8; --c5: #d1a3ff; --c6: #4fd8eb;
+  --c7: #c7c7c7; --c8: #8f8f8f; --c9: #ffb4ab; --c10: #98f0af; --c11: #ffd97a; --c12: #b3cdff; --c13: #e6c8ff;
+  --c14: #9aefff; --c15: #fff } }
+"""
+# The view is a reversed column: its scroll position counts from the end, so it follows what comes, until the reader
+# scrolls up. On the body itself the upper part could not be scrolled to.
+_VIEW_STYLE = """
+body { margin: 0; height: 100vh; display: flex; flex-direction: column; background: var(--page); color: var(--text);
+  font: .85rem/1.4 ui-monospace, monospace }
+header { padding: .4rem 1ch; border-bottom: 1px solid var(--line); color: var(--soft) }
+h1 { font-size: 1em; margin: 0; color: var(--text); white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
+header p { margin: 0; font-family: system-ui, sans-serif; font-size: .8rem }
+@media (max-height: 30rem) { header p { display: none } }
+main { flex: 1; min-height: 0; overflow: auto; display: flex; flex-direction: column-reverse }
+main > div { margin-bottom: auto; padding: .3rem 0; counter-reset: line }
+main p { margin: 0; padding: 0 1ch 0 8ch; text-indent: -8ch; white-space: pre-wrap; overflow-wrap: anywhere;
+  min-height: 1.4em; tab-size: 8 }
+main p::before { counter-increment: line; content: counter(line); display: inline-block; width: 6ch; text-indent: 0;
+  margin-right: 2ch; text-align: right; color: var(--soft); user-select: none }
+main p.n::before { counter-increment: none; content: "" }
+main p.n { color: var(--soft) }
+main p.e { color: var(--c1) }
+main p:has(+ .r) { display: none }
+main time { color: var(--soft) }
+"""
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>STYLE</style></head>
+<body><header><h1 title="TITLE">TITLE</h1>
+<p>Each line is shown as it comes, standard error in its own colour. The view follows the newest line; scroll up and
+it stays where you are, scroll to the end and it follows again. Leaving this page, or pressing Stop in the browser,
+ends the command.</p></header>
+<main tabindex="0" aria-label="Output"><div><div>
+"""
+_FORMATS: Mapping[str, tuple[type[Format], str]] = {
+    "text": (Text, _PLAIN_TEXT),
+    "html": (Html, "text/html; charset=utf-8"),
+    "sse": (Sse, "text/event-stream"),
+    "ndjson": (Ndjson, "application/x-ndjson"),
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1009,13 +1479,14 @@ class Run:
     @property
     def outcome(self) -> Outcome:
         """How a run that is over has ended."""
-        return Outcome(self.exit_code or 0, self.reason, self.seconds)
+        returncode = self._process.returncode
+        return Outcome(self.exit_code or 0, self.reason, self.seconds, -returncode if (returncode or 0) < 0 else None)
 
-    def wait(self, others: Mapping[int, int], is_paused: bool = False) -> dict[int, int]:
+    def wait(self, others: Mapping[int, int], is_paused: bool = False, deadline: float = math.inf) -> dict[int, int]:
         """Wait for output, for the end, for a moment when something is due, or for any other descriptor.
 
-        Returns the descriptors that are ready. A paused run is not watched for output: its pipe fills up, and
-        then the command waits.
+        Returns the descriptors that are ready; none when the deadline is over. A paused run is not watched for
+        output: its pipe fills up, and then the command waits.
         """
         self._do_what_is_due()
         if self.is_over:
@@ -1025,7 +1496,7 @@ class Run:
             watched.update(dict.fromkeys(self.outputs, select.POLLIN))
         if self._exit_watch is not None:
             watched[self._exit_watch] = select.POLLIN
-        ready = _poll(watched, self._deadline)
+        ready = _poll(watched, min(deadline, self._deadline))
         if self._exit_watch is not None and ready.pop(self._exit_watch, 0):
             self._note_exit()
         return ready
@@ -1266,7 +1737,8 @@ class Access:
 # site: a request to a reply. Knows nothing of sockets
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-_SERVER_OPTIONS = ("footer",)
+_SERVER_OPTIONS = ("format", "footer", "timestamps", "heartbeat")
+_NDJSON_TYPES = frozenset({"application/x-ndjson", "application/jsonl", "application/json"})
 
 
 class Reply(NamedTuple):
@@ -1276,7 +1748,7 @@ class Reply(NamedTuple):
     headers: Mapping[str, str]
     body: bytes = b""
     run: Optional[Run] = None
-    format: Optional[Text] = None
+    format: Optional[Format] = None
 
 
 def _text_reply(text: str, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
@@ -1310,6 +1782,14 @@ class Site:
         self._access = Access(is_local)
         self._lock = threading.Lock()  # guards the slots
         self._runs: Counter[str] = Counter()
+        self._pages: Mapping[str, Callable[[Request], Reply]] = {
+            "*": lambda _: Reply(204, {}),
+            "/": self._index,
+            "/-/healthy": lambda _: _text_reply("ok"),
+            "/-/idle": lambda _: _page_reply(_IDLE, _COLOURS + _IDLE_STYLE),
+            "/favicon.ico": lambda _: Reply(204, {}),  # browsers ask for it unasked, and complain of a 404
+            "/robots.txt": lambda _: _text_reply("User-agent: *\nDisallow: /\n"),
+        }
 
     def answer(self, request: Request, read_body: Callable[[int], bytes]) -> Reply:
         """Answer a request. Raises Error for what is refused; nothing has been run then.
@@ -1319,7 +1799,8 @@ class Site:
         """
         self._access.check(request)
         command = self._commands.get(request.path[1:])
-        if command is None and request.path not in ("*", "/", "/-/healthy"):
+        page = None if command else self._pages.get(request.path)
+        if command is None and page is None:
             names = ", ".join(self._commands) or "(none)"
             raise Error(f"there is nothing at {request.path[:200]!r}; the commands are: {names}", 404)
         methods = ("OPTIONS", "POST") if command and command.method == "POST" else _SAFE_METHODS
@@ -1332,18 +1813,25 @@ class Site:
             raise Error(f"a {request.method} request takes no body: put parameters into the URL's query")
         if request.method == "OPTIONS":
             return Reply(204, {"Allow": ", ".join(methods)})
-        if command is not None:
-            return self._run(request.path[1:], command, request, read_body)
-        return _text_reply("ok") if request.path == "/-/healthy" else self._index(request)
+        if page is not None:
+            return page(request)
+        assert command is not None
+        return self._run(request.path[1:], command, request, read_body)
 
     def _run(self, name: str, command: Command, request: Request, read_body: Callable[[int], bytes]) -> Reply:
         fields = list(_parse_query(request.query))
         if request.body_bytes:
             fields += _parse_form(request, read_body)
-        values, options = self._sort_fields(name, command, fields)
-        launch = command.bind(name, values)
-        format_ = Text(self._notes(command, request, options))
-        headers = {"Content-Type": command.type, "Vary": "Accept"}
+        values, given = self._sort_fields(name, command, fields)
+        options = _read_options(command, request, given)._replace(title=f"{name}: {command.command}")
+        launch = command.bind(name, values, stderr="merge" if options.format == "text" else "separate")
+        class_, type_ = _FORMATS[options.format]
+        headers = {"Content-Type": type_ if command.is_plain_text else command.type, "Vary": "Accept"}
+        if options.format == "html":
+            headers["Content-Security-Policy"] = _VIEW_POLICY
+        if options.format == "sse" and "last-event-id" in request.headers:
+            # A reconnect of an EventSource: its run has ended with its connection, and it must not start another.
+            return Reply(204, headers)
         if request.method == "HEAD":
             return Reply(200, headers)
         timeout = self._settings.timeout_seconds if command.timeout is None else command.timeout
@@ -1354,7 +1842,7 @@ class Site:
             self._free_slot(name)
             raise
         _log.debug("started %s as %d: %s", name, run.pid, _printable(f"{shlex.join(launch.argv)} {values}".encode()))
-        return Reply(200, headers, run=run, format=format_)
+        return Reply(200, headers, run=run, format=class_(options) if command.is_plain_text else Format())
 
     @staticmethod
     def _sort_fields(
@@ -1373,14 +1861,6 @@ class Site:
             target[key] = value
         return values, options
 
-    @staticmethod
-    def _notes(command: Command, request: Request, options: Mapping[str, str]) -> str:
-        """When a line of the server's own follows the output: a person wants to see the end, a program does not."""
-        footer = options.get("footer", "1" if request.names_type("text/html") else "")
-        if footer not in ("", "0", "1"):
-            raise Error(f"parameter 'footer' must be 0 or 1: {footer[:200]!r}")
-        return {"": "cut", "0": "never", "1": "always"}[footer] if command.is_plain_text else "never"
-
     def _take_slot(self, name: str, command: Command) -> None:
         with self._lock:
             if sum(self._runs.values()) >= self._settings.max_runs:
@@ -1396,14 +1876,46 @@ class Site:
     def _index(self, request: Request) -> Reply:
         url = f"http://{request.authority}"
         headers = {"Vary": "Accept"}
-        if request.names_type("text/html"):
-            headers["Content-Type"] = "text/html; charset=utf-8"
-            headers["Content-Security-Policy"] = _PAGE_POLICY
-            return Reply(200, headers, _index_page(url, self._commands).encode())
-        if request.names_type("application/json"):
+        if "text/html" in request.accepted:
+            return _index_page(url, self._commands)
+        if "application/json" in request.accepted:
             headers["Content-Type"] = "application/json"
             return Reply(200, headers, _index_json(url, self._commands).encode())
         return _text_reply(_index_text(url, self._commands), headers=headers)
+
+
+def _read_options(command: Command, request: Request, given: Mapping[str, str]) -> Options:
+    """What the request says of its output: by the server's own options, or else by its Accept header."""
+    if given.get("format", "text") not in _FORMATS:
+        raise Error(f"parameter 'format' must be {', '.join(_FORMATS)}: {given['format'][:200]!r}")
+    if not command.is_plain_text and given.get("format", "text") != "text":
+        raise Error(f"parameter 'format' is of no use: the output is {command.type} as it is")
+    for switch in ("footer", "timestamps"):
+        if given.get(switch, "1") not in ("", "0", "1"):
+            raise Error(f"parameter {switch!r} must be 0 or 1: {given[switch][:200]!r}")
+    try:
+        heartbeat = float(given.get("heartbeat", "inf"))
+    except ValueError:
+        heartbeat = 0
+    if not heartbeat > 0:
+        raise Error(f"parameter 'heartbeat' must be a number of seconds above 0: {given['heartbeat'][:200]!r}")
+    format_ = given.get("format") or (_negotiate(request.accepted) if command.is_plain_text else "text")
+    # A person wants to see the end; to a program the output is whole without a line of ours.
+    notes = "always" if "text/html" in request.accepted else "cut"
+    if "footer" in given:
+        notes = "never" if given["footer"] == "0" else "always"
+    return Options(format_, notes, given.get("timestamps", "0") != "0", heartbeat)
+
+
+def _negotiate(accepted: Set[str]) -> str:
+    """The format for an Accept header. A browser's navigation admits anything, and gets text, as curl does."""
+    if "text/event-stream" in accepted:
+        return "sse"
+    if accepted & _NDJSON_TYPES:
+        return "ndjson"
+    if accepted & {"text/html", "text/*"} and not accepted & {"text/plain", "text/*", "*/*"}:
+        return "html"
+    return "text"
 
 
 def _busy(what: str) -> Error:
@@ -1430,8 +1942,6 @@ def _index_text(url: str, commands: Mapping[str, Command]) -> str:
 
 def _index_json(url: str, commands: Mapping[str, Command]) -> str:
     """The commands as {"commands": [{name, about, method, url, command, parameters: [{name, type, ...}]}]}."""
-    import json
-
     described = [
         {
             "name": name,
@@ -1455,54 +1965,150 @@ def _index_json(url: str, commands: Mapping[str, Command]) -> str:
     return json.dumps({"commands": described}, indent=1) + "\n"
 
 
-_STYLE = """
-:root { color-scheme: light dark }
-body { font: 1rem/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 50rem; padding: 0 1rem }
-section { border-top: 1px solid #8888; padding: .5rem 0 }
-h2 { font-size: 1.1rem; margin: .5rem 0 0 }
-p, form { margin: .25rem 0 }
-code { font-size: .85rem; overflow-wrap: anywhere }
-label { margin-right: 1rem }
-input, select, button { font: inherit }
+# Output may set styles of its own by escape sequences, and nothing else; the index page has the style that it was
+# sent with, told by its hash, and forms and a frame of this server's.
+_VIEW_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'self'"
+_INDEX_POLICY = (
+    "default-src 'none'; style-src 'sha256-HASH'; img-src data:; form-action 'self'; frame-src 'self'; "
+    "base-uri 'none'; frame-ancestors 'self'"
+)
+_INDEX_STYLE = """
+* { box-sizing: border-box }
+body { margin: 0; height: 100vh; height: 100dvh; display: grid; background: var(--page); color: var(--text);
+  font: 1rem/1.45 system-ui, sans-serif; grid: "top" auto "list" 1fr "view" 45% / minmax(0, 1fr) }
+header { grid-area: top; padding: .6rem 1rem; border-bottom: 1px solid var(--line) }
+main { grid-area: list; overflow: auto; padding: 0 1rem }
+aside { grid-area: view; border-top: 1px solid var(--line); min-height: 0 }
+iframe { display: block; width: 100%; height: 100%; border: 0 }
+h1 { font-size: 1.15rem; margin: 0 }
+h2 { font-size: 1rem; margin: 0 }
+p { margin: .15rem 0 }
+header p { color: var(--soft); font-size: .85rem }
+section { padding: .7rem 0; border-bottom: 1px solid var(--line) }
+code { font: .8rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; color: var(--soft); display: -webkit-box;
+  -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden }
+code:focus { -webkit-line-clamp: none }
+form, .row { display: flex; flex-wrap: wrap; gap: .4rem .6rem; align-items: end; margin: .4rem 0 0 }
+.row { flex-basis: 100%; margin: 0 0 .3rem }
+label { display: grid; font-size: .8rem; color: var(--soft) }
+input, select, button { font: inherit; font-size: .9rem; padding: .25rem .5rem; border: 1px solid var(--soft);
+  border-radius: .3rem; background: var(--page); color: var(--text); min-height: 2rem; max-width: 100% }
+label input { width: 11rem }
+button { cursor: pointer }
+button.start { background: var(--accent); border-color: var(--accent); color: var(--page) }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 1px }
+input.curl { width: 100%; font: .8rem ui-monospace, monospace; color: var(--soft); border-color: var(--line) }
+summary { font-size: .8rem; color: var(--soft); cursor: pointer }
+.post { font-size: .7rem; border: 1px solid var(--soft); border-radius: .3rem; padding: 0 .3rem; color: var(--soft) }
+@media (min-width: 60rem) { body { grid: "top top" auto "list view" 1fr / 27rem minmax(0, 1fr) }
+  aside { border-top: 0; border-left: 1px solid var(--line) } }
 """
-_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'self'"
+_INDEX = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>streamlog on HOST</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>STYLE</style></head>
+<body><header><h1>streamlog on HOST</h1>
+<p>Start shows a command's output in the frame as it comes; Stop, or starting another one there, ends it. A browser
+allows six live connections to a host: with six tabs that show output, a seventh waits.</p></header>
+<main aria-label="Commands">
+COMMANDS</main>
+<aside aria-label="Output"><iframe name="view" title="Output" src="/-/idle"></iframe></aside>
+</body></html>
+"""
+_COMMAND = """<section aria-labelledby="NAME"><h2 id="NAME">NAME POST</h2>
+<p>ABOUT</p>
+<p><code tabindex="0" aria-label="Command line">LINE</code></p>
+<form action="/NAME" method="METHOD" target="view">FIELDS
+<div class="row"><button class="start" aria-label="Start NAME">Start</button>
+<button formaction="/-/idle" formmethod="get" formnovalidate aria-label="Stop NAME">Stop</button>
+<button formtarget="_blank" aria-label="Open NAME in its own tab">Own tab</button></div></form>
+<details><summary>curl</summary><input class="curl" readonly aria-label="curl line for NAME" value="CURL"></details>
+</section>
+"""
+_IDLE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Idle</title><link rel="icon" href="data:,">
+<style>STYLE</style></head>
+<body><p>Nothing is running here. Start a command to see its output.</p></body></html>
+"""
+_IDLE_STYLE = "body { font: 1rem system-ui, sans-serif; padding: 1rem; background: var(--page); color: var(--soft) }"
 
 
-def _index_page(url: str, commands: Mapping[str, Command]) -> str:
-    """The commands as a page: a form for each, without a script."""
-    from html import escape
+def _page_reply(template: str, style: str, parts: Mapping[str, str] = MappingProxyType({})) -> Reply:
+    """A page of the server's own. The parts are HTML already, by the words of the template that they replace."""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    headers = {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": _INDEX_POLICY.replace("HASH", digest),
+        "Vary": "Accept",
+    }
+    return Reply(200, headers, _fill(template, {"STYLE": style, **parts}).encode())
 
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8"><title>streamlog</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
-        f"<style>{_STYLE}</style></head><body><main>",
-        f"<h1>streamlog on {escape(socket.gethostname())}</h1>",
+
+def _fill(template: str, parts: Mapping[str, str]) -> str:
+    """Replace words of a template, all at once, so that no part is looked into for the others."""
+    return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)
+
+
+def _index_page(url: str, commands: Mapping[str, Command]) -> Reply:
+    """The commands as a page: a form for each and a frame for the output, without a script."""
+    sections = [
+        _fill(
+            _COMMAND,
+            {
+                "NAME": name,
+                "POST": '<span class="post">POST</span>' if command.method == "POST" else "",
+                "ABOUT": html.escape(command.about),
+                "LINE": html.escape(command.command),
+                "METHOD": command.method.lower(),
+                "FIELDS": "\n".join(_form_fields(command)),
+                "CURL": html.escape(_curl_line(url, name, command)),
+            },
+        )
+        for name, command in commands.items()
     ]
-    for name, command in commands.items():
-        fields = [_form_field(parameter) for parameter in command.parameters.values()]
-        parts += [
-            f"<section><h2>{escape(name)}</h2><p>{escape(command.about)}</p><p><code>{escape(command.command)}</code></p>",
-            f'<form action="/{escape(name)}" method="{command.method.lower()}">{"".join(fields)}',
-            f'<button aria-label="Run {escape(name)}">Run</button></form>',
-            f"<p><code>{escape(_curl_line(url, name, command))}</code></p></section>",
-        ]
-    return "\n".join([*parts, "</main></body></html>\n"])
+    parts = {"HOST": html.escape(socket.gethostname()), "COMMANDS": "".join(sections)}
+    return _page_reply(_INDEX, _COLOURS + _INDEX_STYLE, parts)
 
 
-def _form_field(parameter: Parameter) -> str:
-    from html import escape
+def _form_fields(command: Command) -> Iterator[str]:
+    """A labelled field for each parameter; and what makes the frame show a page, and not bare text."""
+    if command.is_plain_text and "format" not in command.parameters:
+        yield '<input type="hidden" name="format" value="html">'
+    for parameter in command.parameters.values():
+        name = html.escape(parameter.name)
+        required = "" if parameter.pattern.fullmatch("") else " required"
+        if parameter.choices:
+            options = (
+                f"<option{' selected' if choice == parameter.default else ''}>{html.escape(choice)}</option>"
+                for choice in parameter.choices
+            )
+            yield f'<label>{name}<select name="{name}">{"".join(options)}</select></label>'
+        else:
+            type_ = "number" if parameter.type == "int" else "text"
+            value = html.escape(parameter.default or "")
+            pattern = html.escape(_browser_pattern(parameter))
+            hint = html.escape(parameter.problem("\0", True, False))
+            yield (
+                f'<label>{name}<input type="{type_}" name="{name}" value="{value}"{required}{pattern and " pattern="}'
+                f'{pattern and chr(34) + pattern + chr(34)} title="{hint}"></label>'
+            )
 
-    name = escape(parameter.name)
-    required = "" if parameter.pattern.fullmatch("") else " required"
-    if parameter.choices:
-        options = [
-            f"<option{' selected' if choice == parameter.default else ''}>{escape(choice)}</option>"
-            for choice in parameter.choices
-        ]
-        return f'<label>{name} <select name="{name}"{required}>{"".join(options)}</select></label>'
-    value = escape(parameter.default or "")
-    return f'<label>{name} <input name="{name}" value="{value}"{required}></label>'
+
+# A regular expression that means the same to Python and to a browser, which reads it with the flag v: sets, escapes,
+# groups and repetitions, without what either knows alone.
+_COMMON_PATTERN = re.compile(
+    r"(?:\[\^?(?:[A-Za-z0-9]-[A-Za-z0-9]|\\[dws.\\/|()\[\]{}-]|[A-Za-z0-9_.,:;@%+= *?^$~#!\"<>'])+\]"
+    r"|\\[dwsDWS.\\/|()\[\]{}+*?^$]|[A-Za-z0-9_,:;@%= ~#!\"<>'&/|.*+?-]|\((?:\?:|(?!\?))|\)|\{[0-9]+(?:,[0-9]*)?\})*"
+)
+
+
+def _browser_pattern(parameter: Parameter) -> str:
+    """The parameter's pattern for a form; empty where a browser might read it in another way."""
+    pattern = {"word": r"[A-Za-z0-9_.,:@%+=\-]+", "path": r"[A-Za-z0-9_.,:@%+=\/\-]+"}.get(
+        parameter.type, parameter.type
+    )
+    is_common = parameter.type not in ("int", "text") and _COMMON_PATTERN.fullmatch(pattern)
+    return pattern if is_common else ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1741,7 +2347,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _send_run(self, request: Request, reply: Reply, run: Run, is_reusable: bool) -> Outcome:
         """Send what a run puts out, as it comes, and then how it ended, in the way the client can tell."""
-        client, format_ = self._client, reply.format or Text("never")
+        client, format_ = self._client, reply.format or Format()
         client.run = run
         is_chunked = not request.is_http_1_0
         framing = {"X-Accel-Buffering": "no"}  # else nginx collects the output
@@ -1750,6 +2356,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             self._must_reset = not is_chunked  # for HTTP/1.0 a close would be the proper end of any answer
             client.send(_head_bytes(reply.status, {**reply.headers, **framing}, is_reusable))
+            self._write(format_.start(), is_chunked)
             self._pump(run, format_, is_chunked)
             outcome = run.outcome
             self._write(format_.end(outcome), is_chunked)
@@ -1765,7 +2372,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             client.run = None
         return outcome
 
-    def _pump(self, run: Run, format_: Text, is_chunked: bool) -> None:
+    def _pump(self, run: Run, format_: Format, is_chunked: bool) -> None:
         """Move output from the run to the client until the run is over.
 
         Nothing is read while the client has not taken all of what was read before, so that no more than a block is
@@ -1773,6 +2380,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         also when the command is silent; what still comes then is dropped.
         """
         client, closing = self._client, self._closing
+        silent_since = time.monotonic()
         while not run.is_over:
             watched = {client.fileno(): client.events}
             if client.is_gone:
@@ -1780,7 +2388,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 run.stop("client gone")
             if not run.reason:
                 watched[closing] = select.POLLIN
-            ready = run.wait(watched, is_paused=bool(client.outbox))
+            is_paused = bool(client.outbox)
+            ready = run.wait(watched, is_paused, math.inf if is_paused else silent_since + format_.patience)
             client.turn(ready.pop(client.fileno(), 0))
             if ready.pop(closing, 0):
                 run.stop(_SHUTTING_DOWN)
@@ -1791,6 +2400,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 data = run.read(descriptor)
                 if data:
                     self._write(format_.feed(stream, data), is_chunked)
+                    silent_since = time.monotonic()
+            if not is_paused and time.monotonic() >= silent_since + format_.patience:
+                self._write(format_.pause(), is_chunked)
+                silent_since = time.monotonic()
 
     def _write(self, data: bytes, is_chunked: bool) -> None:
         """Send a piece of the body, as one chunk in one send. An empty piece must not become one: that is the last."""

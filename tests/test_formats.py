@@ -1,20 +1,32 @@
-"""Formats: what a client gets of the output, and what follows it."""
+"""Formats: what a client gets of the output, however it was cut into pieces, and what follows it."""
 
 from __future__ import annotations
 
+import html.parser
+import json
+import random
+import re
 import unittest
+from typing import Optional
 
-from streamlog import Outcome, Text
+from streamlog import Format, Html, Ndjson, Options, Outcome, Sse, Text, _negotiate
 
 CLEAN = Outcome(0, "", 1.24)
 FAILED = Outcome(3, "", 0.04)
-CUT = Outcome(143, "timeout after 2 s", 2.04)
+CUT = Outcome(143, "timeout after 2 s", 2.04, 15)
+NOON = 1_700_000_000.1234
+STAMP = r"2023-11-1[45]T\d\d:\d\d:20\.123[+-]\d\d:\d\d"
+
+
+def noon() -> float:
+    return NOON
 
 
 class TextFormat(unittest.TestCase):
     def test_output_is_left_as_it_is(self) -> None:
         for data in (b"a\n", b"\r 50%", bytes(range(256)), b"\xff\xfe"):
-            self.assertEqual(Text("always").feed("stdout", data), data)
+            self.assertEqual(Text(Options(notes="always")).feed("stdout", data), data)
+            self.assertEqual(Format().feed("stdout", data), data)
 
     def test_a_note_follows_when_it_was_asked_for(self) -> None:
         for notes, outcome, expected in (
@@ -27,11 +39,328 @@ class TextFormat(unittest.TestCase):
             ("always", CUT, b"[stopped: timeout after 2 s, 2.0 s]\n"),
         ):
             with self.subTest(notes=notes, outcome=outcome):
-                self.assertEqual(Text(notes).end(outcome), expected)
+                self.assertEqual(Text(Options(notes=notes)).end(outcome), expected)
 
     def test_a_note_has_a_line_of_its_own(self) -> None:
-        text = Text("always")
+        text = Text(Options(notes="always"))
         text.feed("stdout", b"a\n")
         self.assertEqual(text.end(CLEAN), b"[exit 0, 1.2 s]\n")
         text.feed("stdout", b"b")
         self.assertEqual(text.end(CLEAN), b"\n[exit 0, 1.2 s]\n")
+
+    def test_each_line_gets_the_time_of_its_first_byte(self) -> None:
+        text = Text(Options(timestamps=True), noon)
+        got = b"".join(text.feed("stdout", piece) for piece in (b"a", b"b\n", b"\n", b"c\nd\n", b"e"))
+        self.assertRegex(got.decode(), f"^{STAMP} ab\n{STAMP} \n{STAMP} c\n{STAMP} d\n{STAMP} e$")
+
+    def test_a_heartbeat_is_a_line_that_tells_how_long_it_was_silent(self) -> None:
+        text = Text(Options(heartbeat_seconds=30))
+        self.assertEqual(text.patience, 30)
+        text.feed("stdout", b"a")
+        self.assertEqual(text.pause(), b"\n[still running, silent for 30 s]\n")
+        self.assertEqual(text.pause(), b"[still running, silent for 60 s]\n")
+        text.feed("stdout", b"b\n")
+        self.assertEqual(text.pause(), b"[still running, silent for 30 s]\n")
+
+
+class NdjsonFormat(unittest.TestCase):
+    def objects(self, *fed: tuple[str, bytes], outcome: Outcome = CLEAN) -> list[dict[str, object]]:
+        format_ = Ndjson(clock=noon)
+        data = b"".join([format_.feed(*piece) for piece in fed] + [format_.end(outcome)])
+        self.assertTrue(data.isascii())
+        return [json.loads(line) for line in data.splitlines()]
+
+    def test_a_line_is_an_object_with_its_time_and_stream(self) -> None:
+        first, second, third, last = self.objects(("stdout", b"a\nb"), ("stderr", b"e\n"), ("stdout", b"c\n"))
+        self.assertRegex(str(first.pop("time")), f"^{STAMP}$")
+        self.assertEqual(first, {"stream": "stdout", "line": "a"})
+        self.assertEqual((second["stream"], second["line"]), ("stderr", "e"))
+        self.assertEqual((third["stream"], third["line"]), ("stdout", "bc"))
+        last.pop("time")
+        self.assertEqual(last, {"exit_code": 0, "seconds": 1.24, "reason": "exit"})
+
+    def test_the_end_names_signal_and_reason(self) -> None:
+        (last,) = self.objects(outcome=CUT)
+        self.assertEqual((last["exit_code"], last["signal"], last["reason"]), (143, 15, "timeout after 2 s"))
+
+    def test_an_unfinished_line_goes_out_after_a_quarter_of_a_second_and_is_marked(self) -> None:
+        format_ = Ndjson(clock=noon)
+        self.assertEqual((format_.feed("stdout", b"name? "), format_.patience), (b"", 0.25))
+        partial = json.loads(format_.pause())
+        self.assertEqual((partial["line"], partial["partial"]), ("name? ", True))
+        self.assertEqual((format_.patience, format_.pause()), (float("inf"), b""))
+        rest = json.loads(format_.feed("stdout", b"\n"))
+        self.assertEqual((rest["line"], "partial" in rest), ("", False))
+        format_.feed("stdout", b"end")
+        self.assertEqual(json.loads(format_.end(CLEAN).splitlines()[0])["partial"], True)
+
+    def test_bytes_that_are_not_utf_8_survive_as_lone_surrogates(self) -> None:
+        data = b"".join(bytes([n]) for n in range(256) if n != 10) + "é€𝄞".encode()
+        for size in (1, 2, 3, 1000):
+            pieces = [("stdout", data[at : at + size]) for at in range(0, len(data), size)]
+            line = "".join(str(found["line"]) for found in self.objects(*pieces)[:-1])
+            self.assertEqual(line.encode("utf-8", "surrogateescape"), data)
+
+    def test_a_line_without_an_end_is_held_no_further_than_the_bound(self) -> None:
+        format_ = Ndjson(clock=noon)
+        got = b"".join(format_.feed("stdout", b"x" * 10_000) for _ in range(100))
+        found = [json.loads(line) for line in got.splitlines()]
+        self.assertTrue(all(each["partial"] for each in found))
+        self.assertGreaterEqual(sum(len(each["line"]) for each in found), 930_000)
+
+
+class SseFormat(unittest.TestCase):
+    def events(self, *fed: tuple[str, bytes], outcome: Outcome = CLEAN) -> list[tuple[str, str, Optional[str]]]:
+        """What a browser would make of it (WHATWG HTML section 9.2.6): event, data and last id."""
+        format_ = Sse(clock=noon)
+        stream = b"".join([format_.start(), *(format_.feed(*piece) for piece in fed), format_.end(outcome)]).decode()
+        found: list[tuple[str, str, Optional[str]]] = []
+        event, last_id = "message", None
+        data: list[str] = []
+        for line in re.split("\r\n|\r|\n", stream):
+            field, _, value = line.partition(":")
+            value = value[1:] if value.startswith(" ") else value
+            if not line:
+                if data:
+                    found.append((event, "\n".join(data), last_id))
+                event, data = "message", []
+            elif field == "data":
+                data.append(value)
+            elif field == "event":
+                event = value
+            elif field == "id":
+                last_id = value
+        return found
+
+    def test_a_line_is_an_event_whose_id_is_the_offset_behind_it(self) -> None:
+        self.assertEqual(
+            self.events(("stdout", b"a\n\xc3\xa9"), ("stderr", b"no\n"), ("stdout", b"b\n\nlast")),
+            [
+                ("message", "a", "2"),
+                ("stderr", "no", "5"),
+                ("message", "éb", "9"),
+                ("message", "", "10"),
+                ("message", "last", "14"),
+                ("exit", "0", "14"),
+            ],
+        )
+
+    def test_a_carriage_return_ends_no_field(self) -> None:
+        data = b"dos\r\n10%\r20%\r\n\revil\rdata: x\n"
+        self.assertEqual(
+            self.events(("stdout", data))[:-1],
+            [("message", "dos", "5"), ("message", "10%\n20%", "14"), ("message", "evil\ndata: x", str(len(data)))],
+        )
+
+    def test_bytes_that_are_not_utf_8_are_replaced_and_counted(self) -> None:
+        self.assertEqual(
+            self.events(("stdout", b"\xff\xfea\nb\n"))[:2], [("message", "\ufffd\ufffda", "4"), ("message", "b", "6")]
+        )
+
+    def test_a_reconnect_has_an_id_even_before_the_first_line(self) -> None:
+        self.assertEqual(Sse().start(), b"id: 0\n\n")
+
+    def test_silence_is_filled_with_comments(self) -> None:
+        format_ = Sse()
+        self.assertEqual((format_.patience, format_.pause()), (15, b": still running\n\n"))
+        format_.feed("stdout", b"prompt")
+        self.assertEqual((format_.patience, format_.pause()), (0.25, b"id: 6\ndata: prompt\n\n"))
+
+    def test_a_run_that_was_stopped_says_so_before_its_exit(self) -> None:
+        self.assertEqual(self.events(outcome=CUT), [("stopped", "timeout after 2 s", "0"), ("exit", "143", "0")])
+
+
+class Page(html.parser.HTMLParser):
+    """Reads a page as strictly as the standard library can: every tag closed, in order; nothing but our own tags."""
+
+    VOID = ("meta", "link")
+    KNOWN = ("html", "head", "title", "style", "body", "header", "main", "h1", "p", "div", "span", "time")
+
+    def __init__(self, text: bytes) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.lines: list[str] = []
+        self.classes: list[str] = []
+        self.styles: list[str] = []
+        self.in_main = False
+        self.blocks = 0
+        self.feed(text.decode())
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, Optional[str]]]) -> None:
+        assert tag in self.KNOWN or tag in self.VOID, tag
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.in_main = self.in_main or tag == "main"
+        if self.in_main:
+            assert {name for name, _ in attrs} <= {"class", "style", "tabindex", "aria-label"}, attrs
+        if self.in_main and tag == "p":
+            assert self.open.count("p") == 1
+            self.lines.append("")
+            self.classes.append(dict(attrs).get("class") or "")
+        if self.in_main and tag == "div":
+            self.blocks += 1
+        if tag == "span":
+            self.styles.append(dict(attrs).get("style") or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, (tag, self.open)
+
+    def handle_data(self, data: str) -> None:
+        if self.in_main and "p" in self.open:
+            self.lines[-1] += data
+        elif self.in_main:
+            assert not data.strip(), data
+
+
+class HtmlFormat(unittest.TestCase):
+    def write(self, *fed: tuple[str, bytes], outcome: Outcome = CLEAN, options: Optional[Options] = None) -> bytes:
+        format_ = Html(options or Options(title="x: echo <b>", notes="always"), noon)
+        return b"".join([format_.start(), *(format_.feed(*piece) for piece in fed), format_.end(outcome)])
+
+    def page(self, *fed: tuple[str, bytes], options: Optional[Options] = None) -> Page:
+        return Page(self.write(*fed, options=options))
+
+    def test_lines_are_paragraphs_and_stderr_has_a_class(self) -> None:
+        page = self.page(("stdout", b"a\nb"), ("stderr", b"e\n"), ("stdout", b"c\n\n"))
+        self.assertEqual(page.lines, ["a", "b", "e", "c", "", "[exit 0, 1.2 s]"])
+        self.assertEqual(page.classes, ["", "", "e", "", "", "n x"])
+
+    def test_colours_and_attributes_become_styles(self) -> None:
+        for sequence, style in (
+            ("31", "color:var(--c1)"),
+            ("97", "color:var(--c15)"),
+            ("44", "background:var(--c4)"),
+            ("103", "background:var(--c11)"),
+            ("38;5;9", "color:var(--c9)"),
+            ("38;5;208", "color:#ff8700"),
+            ("48;5;255", "background:#eeeeee"),
+            ("38;2;1;2;300", "color:#0102ff"),
+            ("38:2::1:2:3", "color:#010203"),
+            ("1", "font-weight:bold"),
+            ("2", "opacity:.7"),
+            ("3", "font-style:italic"),
+            ("4", "text-decoration:underline"),
+            ("7", "background:var(--text);color:var(--page)"),
+            ("31;42;7", "background:var(--c1);color:var(--c2)"),
+            ("1;31", "color:var(--c1);font-weight:bold"),
+            ("1;31;22;39;4", "text-decoration:underline"),
+        ):
+            with self.subTest(sequence=sequence):
+                page = self.page(("stdout", f"a\x1b[{sequence}mb\x1b[0mc\n".encode()))
+                self.assertEqual((page.lines[0], page.styles), ("abc", [style]))
+        for sequence in ("", "0", "99", "38", "38;5", "38;2;1", "31;0", "9999999999"):
+            self.assertEqual(self.page(("stdout", f"\x1b[{sequence}mb\n".encode())).styles, [], sequence)
+
+    def test_a_colour_goes_on_over_ends_of_lines_and_is_its_stream_s_own(self) -> None:
+        page = self.page(("stdout", b"\x1b[31ma\n\nb"), ("stderr", b"plain\n"), ("stdout", b"c\x1b[m\nd\n"))
+        self.assertEqual(page.lines[:-1], ["a", "", "b", "plain", "c", "d"])
+        self.assertEqual(page.styles, ["color:var(--c1)"] * 3)
+
+    def test_other_sequences_and_control_characters_are_dropped(self) -> None:
+        for junk in (
+            "\x1b[2J\x1b[1;1H",
+            "\x1b[?25l",
+            "\x1b]0;title\x07",
+            "\x1b]8;;javascript:alert(1)\x1b\\",
+            "\x1bP+q\x1b\\",
+            "\x1b(B",
+            "\x1b=",
+            "\x9bK",
+            "\0\x07\x08\x7f\x85",
+            "\x1b[0;31q",
+        ):
+            with self.subTest(junk=junk):
+                page = self.page(("stdout", f"a{junk}b\n".encode()))
+                self.assertEqual((page.lines[0], page.styles), ("ab", []))
+
+    def test_everything_else_is_escaped(self) -> None:
+        text = "<script>alert(1)</script> &lt; \"'> <p class=r> --> ]]>"
+        self.assertEqual(self.page(("stdout", text.encode())).lines[0], text)
+
+    def test_a_progress_bar_begins_its_line_anew(self) -> None:
+        page = self.page(("stdout", b"10%\r20%\r\x1b[K30%\r\nnext\rx\n\rz\n"))
+        self.assertEqual(page.lines[:-1], ["10%", "20%", "30%", "next", "x", "z"])
+        self.assertEqual(page.classes[:-1], ["", "r", "r", "", "r", ""])
+
+    def test_lines_stand_in_blocks(self) -> None:
+        page = self.page(("stdout", b"".join(b"%d\n" % n for n in range(1000))))
+        self.assertEqual(page.lines[:-1], [str(n) for n in range(1000)])
+        self.assertEqual(page.blocks, 1 + 5)
+
+    def test_the_page_is_the_same_however_the_output_is_cut_into_pieces(self) -> None:
+        dice = random.Random(3)
+        parts = [
+            "é€𝄞",
+            "a",
+            "\n",
+            "\r",
+            "\r\n",
+            "\x1b[31m",
+            "\x1b[0m",
+            "\x1b]0;t\x07",
+            "<&>",
+            "\x1b[38;5;99m",
+            "\x1b",
+            "\x1b[",
+            "x" * 30,
+        ]
+        for _ in range(100):
+            data = "".join(dice.choice(parts) for _ in range(60)).encode() + b"\xff\xc3"
+            whole = self.write(("stdout", data))
+            Page(whole)
+            for size in (1, 2, 3, 7):
+                pieces = [("stdout", data[at : at + size]) for at in range(0, len(data), size)]
+                self.assertEqual(self.write(*pieces), whole)
+        data = b"".join(b"%d\n" % n for n in range(600))
+        self.assertEqual(
+            self.write(*(("stdout", data[at : at + 1]) for at in range(len(data)))), self.write(("stdout", data))
+        )
+
+    def test_every_prefix_of_a_page_is_sound_so_far(self) -> None:
+        written = self.write(("stdout", b"a\x1b[1mb\nc\rd\n"), ("stderr", b"e"))
+        self.assertTrue(written.startswith(b'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>'))
+        self.assertIn(b"x: echo &lt;b&gt;</title>", written)
+
+    def test_sequences_that_never_end_hold_nothing_back(self) -> None:
+        for start in (b"\x1b]0;", b"\x1b[", b"\x1bP", b"\x1b[1;"):
+            format_ = Html(Options(), noon)
+            written = b"".join(format_.feed("stdout", piece) for piece in [start, *[b"1" * 100] * 50, b"end\n"])
+            self.assertIn(b"end", written)
+
+    def test_timestamps_and_heartbeats_are_lines_for_people(self) -> None:
+        page = self.page(("stdout", b"a\nb\nc"), options=Options(timestamps=True, notes="never"))
+        self.assertTrue(all(re.fullmatch(f"{STAMP} [abc]", line) for line in page.lines), page.lines)
+        format_ = Html(Options(heartbeat_seconds=5), noon)
+        data = (
+            format_.start()
+            + format_.feed("stdout", b"a\r")
+            + format_.pause()
+            + format_.feed("stdout", b"b")
+            + format_.end(FAILED)
+        )
+        page = Page(data)
+        self.assertEqual(page.lines, ["a", "[still running, silent for 5 s]", "b", "[exit 3, 0.0 s]"])
+        self.assertEqual(page.classes, ["", "n", "", "n x"])
+
+
+class Negotiation(unittest.TestCase):
+    def test_accept_chooses_the_format(self) -> None:
+        for accepted, expected in (
+            (set(), "text"),
+            ({"*/*"}, "text"),
+            ({"text/plain"}, "text"),
+            ({"text/*"}, "text"),
+            ({"text/html", "application/xhtml+xml", "application/xml", "*/*"}, "text"),
+            ({"text/html"}, "html"),
+            ({"text/html", "image/png"}, "html"),
+            ({"text/html", "text/plain"}, "text"),
+            ({"text/event-stream"}, "sse"),
+            ({"application/x-ndjson"}, "ndjson"),
+            ({"application/jsonl"}, "ndjson"),
+            ({"application/json", "*/*"}, "ndjson"),
+            ({"image/png"}, "text"),
+        ):
+            with self.subTest(accepted=accepted):
+                self.assertEqual(_negotiate(accepted), expected)

@@ -99,7 +99,12 @@ class Answers(ServerCase):
             ("GET", "/%67et%00", 404, r"nothing at '/get\x00'"),
             ("GET", "//get", 404, "nothing at '//get'"),
             ("GET", "/-/nothing", 404, "nothing at"),
-            ("GET", "/get?z=1", 400, "'get' has no parameter 'z'; known are: x, y, footer"),
+            (
+                "GET",
+                "/get?z=1",
+                400,
+                "'get' has no parameter 'z'; known are: x, y, format, footer, timestamps, heartbeat",
+            ),
             ("GET", "/get?x=1&x=2", 400, "parameter 'x' of 'get' is given twice"),
             ("GET", "/get?footer=1&footer=1", 400, "parameter 'footer' of 'get' is given twice"),
             ("GET", "/get?x=a", 400, "parameter 'x' of 'get' must be int: 'a'"),
@@ -152,6 +157,11 @@ class Answers(ServerCase):
 
     def test_the_health_address_says_two_bytes(self) -> None:
         self.assertEqual(self.fetch(self.serve({}), "/-/healthy").body, b"ok")
+
+    def test_what_browsers_and_crawlers_ask_for_unasked_has_a_fixed_answer(self) -> None:
+        server = self.serve({})
+        self.assertEqual(self.fetch(server, "/favicon.ico").status, 204)
+        self.assertEqual(self.fetch(server, "/robots.txt").body, b"User-agent: *\nDisallow: /\n")
 
 
 class Forms(ServerCase):
@@ -260,10 +270,10 @@ class Index(ServerCase):
         self.assertIn("default-src 'none'", answer.headers["content-security-policy"])
         page = answer.body.decode()
         self.assertIn("Follow &lt;a&gt; log", page)
-        self.assertIn('<form action="/logs" method="get">', page)
-        self.assertIn('<input name="lines" value="100" required>', page)
-        self.assertIn('<select name="file" required><option>syslog</option>', page)
-        self.assertIn('<input name="unit" value="" required>', page)
+        self.assertIn('<form action="/logs" method="get" target="view">', page)
+        self.assertIn('<input type="number" name="lines" value="100" required title="must be int">', page)
+        self.assertIn('<select name="file"><option>syslog</option>', page)
+        self.assertIn('<input type="text" name="unit" value="" required pattern=', page)
         self.assertNotIn("<script", page)
 
     def test_the_lines_that_are_printed_can_be_run(self) -> None:

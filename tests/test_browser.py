@@ -1,0 +1,427 @@
+"""The pages in a real browser: what a person sees while a command runs, and that nothing else happens."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import unittest
+from pathlib import Path
+from typing import Any
+
+from streamlog import Command
+
+from . import browser
+from .support import ServerCase, is_alive, pids_in, wait_until
+
+TEXT = "document.body ? document.body.innerText : ''"
+LINES = "Array.from(document.querySelectorAll('main p')).filter(p => p.offsetHeight).map(p => p.innerText)"
+
+
+@unittest.skipUnless(browser.IS_THERE, "Chromium and its driver are not installed")
+class BrowserCase(ServerCase):
+    shared: browser.Browser
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        driver = browser.driver()
+        cls.shared = browser.Browser(driver.__enter__())
+        cls.addClassCleanup(driver.__exit__, None, None, None)
+        cls.addClassCleanup(cls.shared.close)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.browser = self.shared
+        self.browser.resize(1280, 800)
+        self.browser.open("about:blank")
+        self.browser.errors()
+        self.addCleanup(self.browser.open, "about:blank")
+
+    def see(self, expression: str, what: str, seconds: float = 10) -> Any:
+        """Wait until a JavaScript expression is true in the page."""
+
+        def look() -> Any:
+            try:
+                return self.browser.run(expression)
+            except RuntimeError:  # the page is only just coming
+                return None
+
+        return wait_until(look, what, seconds)
+
+    def pid(self, path: Path) -> int:
+        """The number that a command has written to a file."""
+        wait_until(lambda: path.exists() and path.read_text().strip(), "the command has started")
+        return next(pids_in(path.read_bytes()))
+
+
+class LiveText(BrowserCase):
+    def test_lines_of_plain_text_appear_before_the_command_ends_and_leaving_ends_it(self) -> None:
+        note = self.folder / "pid"
+        server = self.serve({"x": f"!echo $$ > {note}; echo first; sleep 0.7; echo second; exec sleep 300"})
+        self.browser.open(f"{server.url}/x")
+        self.see(f"{TEXT} == 'first\\n'", "the first line, alone")
+        self.see(f"{TEXT} == 'first\\nsecond\\n'", "the second line")
+        pid = self.pid(note)
+        self.assertTrue(is_alive(pid))
+        self.browser.open("about:blank")
+        wait_until(lambda: not is_alive(pid), "the command is ended", 1)
+
+    def test_the_end_is_told_in_a_last_line(self) -> None:
+        server = self.serve({"x": "!echo a; exit 3"})
+        self.browser.open(f"{server.url}/x")
+        self.see(f"/^a\\n\\[exit 3, 0\\.\\d s\\]\\n$/.test({TEXT})", "the footer")
+
+
+class LivePage(BrowserCase):
+    def test_a_page_paints_at_once_follows_the_newest_line_and_stays_where_the_reader_scrolls(self) -> None:
+        go = self.folder / "go"
+        server = self.serve(
+            {"x": f"!seq 1 500; while [ ! -e {go} ]; do sleep 0.05; done; seq 501 1000; exec sleep 300"}
+        )
+        self.browser.open(f"{server.url}/x?format=html")
+        self.see(f"{LINES}.length == 500", "five hundred lines")
+        end = "(m => Math.abs(m.scrollTop) < 2)(document.querySelector('main'))"
+        self.assertTrue(self.browser.run(end), "it shows the end")
+        self.browser.run("document.querySelector('main').scrollTo(0, -3000) || 1")
+        at = "document.elementFromPoint(600, 400).textContent"
+        before = self.browser.run(at)
+        go.touch()
+        self.see(f"{LINES}.length == 1000", "all lines")
+        self.assertEqual(self.browser.run(at), before, "it stays where the reader is")
+        self.browser.run("document.querySelector('main').scrollTo(0, 0) || 1")
+        self.assertEqual(self.browser.run(f"{LINES}.pop()"), "1000")
+        self.browser.run("document.querySelector('main').scrollTo(0, -1e6) || 1")
+        top = "document.querySelector('main p').getBoundingClientRect().top"
+        self.assertGreater(self.browser.run(top), 0, "the first line can be scrolled to")
+
+    def test_short_output_stands_at_the_top_with_numbers_colours_and_the_end(self) -> None:
+        server = self.serve(
+            {
+                "x": "!printf 'a\033[31mred\033[0m\n'; sleep 0.1; echo oops >&2; sleep 0.1; "
+                "printf '1%%\r2%%\r3%%'; sleep 0.4; exit 3"
+            }
+        )
+        self.browser.open(f"{server.url}/x?format=html")
+        self.see("document.querySelector('.x')", "the end")
+        lines = self.browser.run(LINES)
+        self.assertEqual(lines[:3], ["ared", "oops", "3%"])
+        self.assertRegex(lines[3], r"^\[exit 3, 0\.\d s\]$")
+        number = "getComputedStyle(document.querySelectorAll('main p')[0], '::before').content"
+        self.assertIn("counter(line)", self.browser.run(number))
+        self.assertLess(self.browser.run("document.querySelector('main p').getBoundingClientRect().top"), 150)
+        colour = "getComputedStyle(document.querySelector('{}')).color"
+        self.browser.scheme("light")
+        self.assertEqual(self.browser.run(colour.format("main span")), "rgb(179, 38, 30)")
+        self.assertEqual(self.browser.run(colour.format("main .e")), "rgb(179, 38, 30)")
+        self.browser.scheme("dark")
+        self.assertEqual(self.browser.run(colour.format("main .e")), "rgb(242, 133, 125)")
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_a_hundred_thousand_lines_stay_usable(self) -> None:
+        server = self.serve({"x": "!seq 1 100000; exec sleep 300"})
+        self.browser.open(f"{server.url}/x?format=html")
+        count = "document.querySelectorAll('main p').length"
+        self.see(f"{count} == 100000", "all lines", 30)
+        started = time.monotonic()
+        for at in range(10):
+            self.browser.run(f"document.querySelector('main').scrollTo(0, -{at} * 10000) || document.body.offsetHeight")
+        self.assertLess(time.monotonic() - started, 3)
+
+    def test_hostile_output_executes_nothing(self) -> None:
+        payload = self.folder / "payload"
+        payload.write_text(
+            "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>\n"
+            "</p></div></main><svg onload='window.pwned = 1'>\n"
+            "\x1b]8;;javascript:window.pwned=1\x07click\x1b]8;;\x07\n"
+            "&lt;script&gt;window.pwned = 1&lt;/script&gt; &#60;script>\n"
+            '"><style>body { display: none }</style>\n'
+            "\x1b[31;</p><script>window.pwned = 1</script>m\n"
+        )
+        server = self.serve({"x": f"cat {payload}"})
+        for format_ in ("html", "text"):
+            self.browser.open(f"{server.url}/x?format={format_}")
+            self.see(f"/exit 0/.test({TEXT})", "the end")
+            self.assertIsNone(self.browser.run("window.pwned"))
+            self.assertEqual(self.browser.run("document.querySelectorAll('script, img, svg, main a').length"), 0)
+            self.assertIn("<script>window.pwned = 1</script><img src=x", self.browser.run(TEXT))
+            self.assertEqual(self.browser.errors(), [])
+
+
+class IndexPage(BrowserCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.note = self.folder / "pid"
+        self.server = self.serve(
+            {
+                "live": Command(
+                    f"!echo $$ > {self.note}; echo got {{n:int=3}} {{unit:a|b=b}}; exec sleep 300", about="Runs on"
+                ),
+                "say": Command(r"echo {word} {text:text=} {year:\d{4}=2024} {path:path=a/b}", about="Says <it>"),
+                "post": Command("echo posted {what}", method="POST"),
+                "page": Command("echo '<h1>own page</h1>'", type="text/html"),
+            }
+        )
+        self.browser.open(f"{self.server.url}/")
+        self.see("document.querySelector('#page')", "the index")
+
+    def in_frame(self, expression: str, what: str) -> Any:
+        self.browser.frame("iframe")
+        try:
+            return self.see(expression, what)
+        finally:
+            self.browser.frame()
+
+    def test_start_shows_the_output_beside_and_stop_ends_the_command(self) -> None:
+        self.in_frame(f"/Nothing is running/.test({TEXT})", "the empty frame")
+        self.browser.type("[aria-labelledby=live] [name=n]", "7")
+        self.browser.click("[aria-labelledby=live] .start")
+        self.in_frame(f"{LINES}[0] == 'got 7 b'", "the output")
+        pid = self.pid(self.note)
+        self.assertTrue(is_alive(pid))
+        self.browser.click("[aria-label='Stop live']")
+        wait_until(lambda: not is_alive(pid), "the command is ended", 1)
+        self.in_frame(f"/Nothing is running/.test({TEXT})", "the empty frame again")
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_starting_another_command_ends_the_first(self) -> None:
+        self.browser.click("[aria-labelledby=live] .start")
+        pid = self.pid(self.note)
+        self.browser.type("[aria-labelledby=post] [name=what]", "it")
+        self.browser.click("[aria-labelledby=post] .start")
+        self.in_frame(f"{LINES}[0] == 'posted it'", "the posted output")
+        wait_until(lambda: not is_alive(pid), "the first command is ended", 1)
+
+    def test_a_command_opens_in_its_own_tab_and_closing_that_ends_it(self) -> None:
+        (index,) = self.browser.windows()
+        self.browser.click("[aria-label='Open live in its own tab']")
+        tab = wait_until(lambda: [each for each in self.browser.windows() if each != index], "a second tab")[0]
+        self.browser.window(tab)
+        self.see(f"{LINES}[0] == 'got 3 b'", "the output")
+        pid = self.pid(self.note)
+        self.browser.close_window()
+        self.browser.window(index)
+        wait_until(lambda: not is_alive(pid), "the command is ended", 1)
+
+    def test_forms_hold_values_to_their_patterns(self) -> None:
+        valid = "document.querySelector('[aria-labelledby=say] form').checkValidity()"
+        self.assertFalse(self.browser.run(valid), "a word is required")
+        for field, bad, good in (("word", "a b", "a-b"), ("year", "12", "1999"), ("path", "a b", "c/d.e")):
+            self.browser.type(f"[aria-labelledby=say] [name={field}]", bad)
+            self.assertFalse(self.browser.run(valid), field)
+            self.browser.type(f"[aria-labelledby=say] [name={field}]", good)
+        self.browser.type("[aria-labelledby=say] [name=text]", "two words & more")
+        self.assertTrue(self.browser.run(valid))
+        self.browser.click("[aria-labelledby=say] .start")
+        self.in_frame(f"{LINES}[0] == 'a-b two words & more 1999 c/d.e'", "the values")
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_output_of_another_type_is_shown_as_it_is(self) -> None:
+        self.browser.click("[aria-labelledby=page] .start")
+        self.in_frame("document.querySelector('h1').innerText == 'own page'", "the page")
+
+    def test_it_asks_no_other_host_and_says_how_many_connections_there_are(self) -> None:
+        resources = self.browser.run("performance.getEntriesByType('resource').map(entry => entry.name)")
+        self.assertTrue(all(name.startswith(f"{self.server.url}/-/idle") for name in resources), resources)
+        self.assertIn("six live connections", self.browser.run(TEXT))
+
+    def test_it_can_be_used_by_keyboard_and_read_by_a_screen_reader(self) -> None:
+        unnamed = (
+            "Array.from(document.querySelectorAll('input:not([type=hidden]), select, button, iframe'))"
+            ".filter(e => !(e.labels && e.labels.length) && !e.ariaLabel && !e.title).length"
+        )
+        self.assertEqual(self.browser.run(unnamed), 0)
+        self.assertEqual(self.browser.run("document.querySelectorAll('h1').length"), 1)
+        self.assertEqual(self.browser.run("document.querySelectorAll('h2').length"), 4)
+        self.assertEqual(self.browser.run("document.documentElement.lang"), "en")
+        tree = self.browser.devtools("Accessibility.getFullAXTree", {})
+        names = {node["name"]["value"] for node in tree["nodes"] if node.get("name") and not node.get("ignored")}
+        self.assertLessEqual({"Start live", "Stop live", "Open live in its own tab", "Commands", "Output"}, names)
+        first = "document.querySelector('[aria-labelledby=live] form button').innerText"
+        self.assertEqual(self.browser.run(first), "Start", "the first button is what Enter presses")
+
+    def test_it_fits_a_phone_and_both_colour_schemes(self) -> None:
+        colours = set()
+        for width in (390, 1280):
+            for scheme in ("light", "dark"):
+                self.browser.resize(width, 800)
+                self.browser.scheme(scheme)
+                self.assertLessEqual(self.browser.run("document.documentElement.scrollWidth"), width)
+                self.assertEqual(self.browser.run("getComputedStyle(document.body).display"), "grid")
+                colours.add(self.browser.run("getComputedStyle(document.body).backgroundColor"))
+                self.assertTrue(self.browser.screenshot().startswith(b"\x89PNG"))
+        self.assertEqual(colours, {"rgb(255, 255, 255)", "rgb(22, 24, 28)"})
+
+
+class Events(BrowserCase):
+    PAGE = """<!DOCTYPE html>
+<title>Ticks</title>
+<ul id="list"></ul>
+<script>
+const source = new EventSource("/ticks");
+const show = event => { list.innerHTML += "<li>" + event.type + " " + event.data; };
+source.onmessage = show;
+source.addEventListener("stderr", show);
+source.addEventListener("exit", show);
+</script>
+"""
+
+    def test_the_page_that_a_user_writes_with_eventsource_works_and_never_starts_a_second_run(self) -> None:
+        mark = self.folder / "mark"
+        (self.folder / "page.html").write_text(self.PAGE)
+        server = self.serve(
+            {
+                "page": Command(f"cat {self.folder}/page.html", type="text/html"),
+                "ticks": f"!echo run >> {mark}; for i in 1 2; do echo $i; sleep 0.3; done; echo oops >&2; exit 3",
+            }
+        )
+        self.browser.open(f"{server.url}/page")
+        items = "Array.from(document.querySelectorAll('li')).map(li => li.innerText)"
+        self.see(f"{items}.length == 1", "the first event, alone")
+        self.see(f"{items}.length == 4", "all events")
+        self.assertEqual(self.browser.run(items), ["message 1", "message 2", "stderr oops", "exit 3"])
+        self.see("source.readyState == EventSource.CLOSED", "it has come again, and was told to stay away")
+        self.assertEqual(mark.read_text(), "run\n")
+
+    def test_a_page_of_another_site_gets_nothing_to_run(self) -> None:
+        mark = self.folder / "mark"
+        server = self.serve({"x": f"touch {mark}"})
+        (self.folder / "evil.html").write_text(
+            f"<img src='{server.url}/x'><iframe src='{server.url}/x'></iframe><form action='{server.url}/x'></form>"
+            f"<script>fetch('{server.url}/x', {{mode: 'no-cors'}}).finally(() => {{ document.title = 'tried';"
+            " document.querySelector('form').submit() })</script>"
+        )
+        evil = self.serve({"page": Command(f"cat {self.folder}/evil.html", type="text/html")})
+        self.browser.open(evil.url.replace("127.0.0.1", "localhost") + "/page")
+        self.see(f"location.port == '{server.port}' && /may not use this server/.test({TEXT})", "the refusal")
+        self.assertFalse(mark.exists())
+
+
+class Clients(ServerCase):
+    """The formats as other programs get them."""
+
+    def test_negotiation_and_options_choose_the_format(self) -> None:
+        server = self.serve({"x": "!echo out; echo err >&2", "csv": Command("echo a", type="text/csv")})
+        for path, accept, type_ in (
+            ("/x", "*/*", "text/plain; charset=utf-8"),
+            ("/x", "text/html", "text/html; charset=utf-8"),
+            ("/x", "text/html, */*;q=0.8", "text/plain; charset=utf-8"),
+            ("/x", "text/event-stream", "text/event-stream"),
+            ("/x", "application/json", "application/x-ndjson"),
+            ("/x?format=html", "*/*", "text/html; charset=utf-8"),
+            ("/x?format=text", "text/event-stream", "text/plain; charset=utf-8"),
+            ("/csv", "text/html", "text/csv"),
+        ):
+            for method in ("GET", "HEAD"):
+                with self.subTest(path=path, accept=accept, method=method):
+                    answer = self.fetch(server, path, method, headers=[f"Accept: {accept}"])
+                    self.assertEqual((answer.status, answer.headers["content-type"]), (200, type_))
+                    self.assertEqual(answer.headers["vary"], "Accept")
+        for path in (
+            "/x?format=xml",
+            "/csv?format=html",
+            "/x?timestamps=2",
+            "/x?heartbeat=0",
+            "/x?heartbeat=x",
+            "/x?heartbeat=nan",
+        ):
+            with self.subTest(path=path):
+                self.assertEqual(self.fetch(server, path).status, 400)
+        policy = self.fetch(server, "/x?format=html").headers["content-security-policy"]
+        self.assertIn("default-src 'none'", policy)
+
+    def test_a_program_gets_the_end_as_json(self) -> None:
+        server = self.serve({"x": "!echo out; kill -15 $$"})
+        *lines, last = map(json.loads, self.fetch(server, "/x?format=ndjson").body.splitlines())
+        self.assertEqual(
+            (lines[0]["line"], last["exit_code"], last["signal"], last["reason"]), ("out", 143, 15, "exit")
+        )
+
+    def test_a_prompt_is_not_held_back(self) -> None:
+        server = self.serve({"x": "!printf 'name? '; sleep 300"})
+        for format_, expected in (("ndjson", b'"line": "name? ", "partial": true}'), ("sse", b"data: name? \n\n")):
+            with self.subTest(format=format_), self.connect(server) as client:
+                client.get(f"/x?format={format_}")
+                started = time.monotonic()
+                client.read_until(expected)
+                self.assertTrue(0.2 < time.monotonic() - started < 2)
+        for format_ in ("text", "html"):
+            with self.subTest(format=format_), self.connect(server) as client:
+                client.get(f"/x?format={format_}")
+                client.read_until(b"name? ")
+
+    def test_stderr_has_its_own_pipe_in_the_tagged_formats_unless_the_command_says_otherwise(self) -> None:
+        for stderr, streams in ((None, ["stderr", "stdout"]), ("merge", ["stdout", "stdout"]), ("discard", ["stdout"])):
+            server = self.serve({"x": Command("!echo out; echo err >&2", stderr=stderr)})
+            lines = map(json.loads, self.fetch(server, "/x?format=ndjson").body.splitlines()[:-1])
+            self.assertEqual(sorted(line["stream"] for line in lines), streams)
+        self.assertEqual(self.fetch(self.serve({"x": "!echo out; echo err >&2"}), "/x").body, b"out\nerr\n")
+
+    def test_a_heartbeat_tells_that_a_silent_run_goes_on(self) -> None:
+        server = self.serve({"x": "!printf a; sleep 0.5; echo b"})
+        body = self.fetch(server, "/x?heartbeat=0.2").body
+        self.assertRegex(body, rb"^a\n\[still running, silent for 0\.2 s\]\n\[still running, silent for 0\.4 s\]\nb\n$")
+        self.assertIn(b"silent for 0.2 s", self.fetch(server, "/x?heartbeat=0.2&format=html").body)
+
+    def test_timestamps_have_milliseconds_and_a_zone(self) -> None:
+        server = self.serve({"x": "!echo a; echo b"})
+        stamp = rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d"
+        self.assertRegex(self.fetch(server, "/x?timestamps=1").body, rb"^%b a\n%b b\n$" % (stamp, stamp))
+        self.assertEqual(
+            len(re.findall(rb"<time>%b</time> [ab]" % stamp, self.fetch(server, "/x?timestamps&format=html").body)), 2
+        )
+
+    def test_lines_reach_every_client_before_the_command_ends(self) -> None:
+        go = self.folder / "go"
+        server = self.serve({"x": f"!echo first; while [ ! -e {go} ]; do sleep 0.02; done; echo second"})
+        url = f"{server.url}/x"
+        python = f"for line in urllib.request.urlopen('{url}'): print(line.decode(), end='', flush=True)"
+        low = (
+            f"c = http.client.HTTPConnection('127.0.0.1', {server.port}); c.request('GET', '/x'); r = c.getresponse()\n"
+            "while True:\n data = r.read1(100)\n if not data: break\n print(data.decode(), end='', flush=True)"
+        )
+        node = (
+            f"const r = await fetch('{url}'); const d = new TextDecoder();"
+            "for await (const chunk of r.body) process.stdout.write(d.decode(chunk))"
+        )
+        for command in (
+            ["curl", "-sN", url],
+            ["wget", "-qO-", url],
+            [sys.executable, "-uc", f"import urllib.request\n{python}"],
+            [sys.executable, "-uc", f"import http.client\n{low}"],
+            ["node", "--input-type=module", "-e", node],
+        ):
+            if not shutil.which(command[0]):
+                continue
+            with self.subTest(client=command[0]), subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+                assert process.stdout
+                self.assertEqual(process.stdout.readline(), b"first\n")
+                go.touch()
+                self.assertEqual(process.stdout.read(), b"second\n")
+                self.assertEqual(process.wait(10), 0)
+                go.unlink()
+
+    def test_a_reconnect_for_events_gets_204_and_starts_nothing(self) -> None:
+        mark = self.folder / "mark"
+        server = self.serve({"x": f"touch {mark}"})
+        answer = self.fetch(server, "/x", headers=["Accept: text/event-stream", "Last-Event-ID: 0"])
+        self.assertEqual((answer.status, answer.body), (204, b""))
+        self.assertFalse(mark.exists())
+
+    def test_a_stopped_run_is_cut_in_every_format_and_says_why(self) -> None:
+        server = self.serve({"x": Command("!echo a; sleep 300", timeout=0.3)})
+        for format_, told in (
+            ("html", b"[stopped: timeout after 0.3 s, "),
+            ("sse", b"event: stopped\ndata: timeout after 0.3 s\n"),
+            ("ndjson", b'"reason": "timeout after 0.3 s"'),
+        ):
+            answer = self.fetch(server, f"/x?format={format_}")
+            self.assertIn(told, answer.body)
+            self.assertFalse(answer.is_whole)
+
+    def test_a_parameter_of_a_command_goes_before_an_option_of_the_server(self) -> None:
+        server = self.serve({"x": "echo {format} {footer=no}"})
+        self.assertEqual(self.fetch(server, "/x?format=a&footer=b").body, b"a b\n")
