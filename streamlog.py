@@ -38,7 +38,10 @@ what a client sees:
   The output is the body, byte for byte, as it comes; the trailer Exit-Code ends a run that
   ended by itself. A run that the server ended is cut without the final chunk (curl exits 18).
   When the client leaves, the command's process group gets SIGTERM, then SIGKILL.
-  ?footer=1 adds a last line with exit code and duration, as a browser gets; ?footer=0 omits it.
+  ?format=html is a page, sse are events, ndjson is an object a line (or by Accept). In text and
+  html ?timestamps=1 puts the time before each line, and ?heartbeat=SEC says after so long a
+  silence that the run goes on. ?footer=1 adds a last line with exit code and duration, as a
+  browser gets; ?footer=0 omits it. In a browser, / has a form for each command.
 """
 
 from __future__ import annotations

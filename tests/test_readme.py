@@ -12,6 +12,7 @@ from pathlib import Path
 
 import streamlog
 
+from . import test_browser
 from .support import ROOT, Program
 
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
@@ -56,6 +57,9 @@ class Readme(unittest.TestCase):
         found = re.search(rf"(?m)^\$ curl [^\n]*{re.escape(path)}'?\n([^$`\n].*\n)", README)
         self.assertIsNotNone(found, path)
         return found[1] if found else ""
+
+    def test_the_page_with_an_eventsource_is_the_one_that_is_tested(self) -> None:
+        self.assertEqual(blocks("html"), [test_browser.Events.PAGE])
 
     def test_each_limit_has_the_number_that_it_is_given(self) -> None:
         for number, value in (
