@@ -940,6 +940,7 @@ class _Lane:
     def __init__(self, errors: str) -> None:
         self.decode = codecs.getincrementaldecoder("utf-8")(errors).decode
         self.held = ""
+        self.is_in_line = False
         self.style: dict[str, str] = {}
 
 
@@ -1059,7 +1060,8 @@ def _to_bytes(text: str) -> bytes:
 # the other control characters but tab. A sequence that never ends is cut short, and what remains of it is text.
 _CSI = f"(?:\x1b\\[|\x9b)([0-?]{{0,{_ESCAPE_CHARACTERS}}})([ -/]*)([@-~])"
 _STRING = f"(?:\x1b[PX\\]^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]{{0,{_ESCAPE_CHARACTERS}}}(?:\x07|\x1b\\\\|\x9c)"
-_TERMINAL = re.compile(f"\r+\n|\r+|{_CSI}|{_STRING}|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_TERMINAL = re.compile(f"\r+\n?|{_CSI}|{_STRING}|\x1b[ -/]*[0-~]?|.")
 _UNFINISHED = re.compile(
     f"(?:\r+|(?:\x1b\\[|\x9b)[0-?]{{0,{_ESCAPE_CHARACTERS}}}[ -/]*|\x1b[ -/]*"
     f"|(?:\x1b[PX\\]^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]{{0,{_ESCAPE_CHARACTERS}}}\x1b?)\\Z"
@@ -1176,36 +1178,46 @@ class Html(Format):
         unfinished = None if is_last else _UNFINISHED.search(text, max(0, len(text) - _ESCAPE_CHARACTERS - 4))
         lane.held = unfinished[0] if unfinished else ""
         out: list[str] = []
-        at = 0
-        for match in _TERMINAL.finditer(text, 0, len(text) - len(lane.held)):
-            self._add(out, stream, text[at : match.start()])
+        at, end = 0, len(text) - len(lane.held)
+        control = _CONTROL.search(text, 0, end)
+        while control:
+            self._add(out, stream, text[at : control.start()])
+            match = _TERMINAL.match(text, control.start(), end)
+            assert match  # it takes any character
+            self._obey(out, stream, match)
             at = match.end()
-            token = match[0]
-            if token[0] == "\r":
-                self._is_returned = self._open == stream
-                if token[-1] == "\n":
-                    self._is_returned = False
-                    self._add(out, stream, "\n")
-            elif match[3] == "m" and not match[2]:
-                _set_style(lane.style, match[1])
-        self._add(out, stream, text[at : len(text) - len(lane.held)])
+            control = _CONTROL.search(text, at, end)
+        self._add(out, stream, text[at:end])
         return "".join(out).encode()
+
+    def _obey(self, out: list[str], stream: str, match: re.Match[str]) -> None:
+        """Act on a control character or an escape sequence, as far as it means something on a page."""
+        if match[0][0] == "\r":
+            self._is_returned = self._open == stream and match[0][-1] != "\n"
+            if match[0][-1] == "\n":
+                self._add(out, stream, "\n")
+        elif match[3] == "m" and not match[2]:
+            _set_style(self._lanes[stream].style, match[1])
 
     def _add(self, out: list[str], stream: str, text: str) -> None:
         """Write text without anything special in it but ends of lines."""
+        lane = self._lanes[stream]
         first, *lines = html.escape(text, quote=False).split("\n")
         self._add_piece(out, stream, first)
         if not lines:
             return
-        if not self._open:
+        # A line that another stream has broken off is closed already, and its end is nothing to show.
+        if self._open != stream and not lane.is_in_line:
             out.append(self._open_line(stream))
-        out.append(self._close_line())
+        if self._open == stream:
+            out.append(self._close_line())
+        lane.is_in_line = False
         *lines, last = lines
-        if _css(self._lanes[stream].style):
+        if _css(lane.style):
             for line in lines:
                 self._add_piece(out, stream, line)
-                out.append((self._open_line(stream) if not self._open else "") + self._close_line())
-        else:
+                out.append(("" if self._open == stream else self._open_line(stream)) + self._close_line())
+        elif lines:
             self._add_lines(out, stream, lines)
         self._add_piece(out, stream, last)
 
@@ -1218,19 +1230,16 @@ class Html(Format):
             block = lines[at : at + size]
             self._lines += len(block) - 1
             out.append(first + f"</p>\n{self._line_tag(stream)}".join(block) + "</p>\n")
+            self._open = ""
             at += size
-        self._open = ""
 
     def _add_piece(self, out: list[str], stream: str, text: str) -> None:
         """Write a part of a line; open the line, or begin it anew, if that is due."""
         if not text:
             return
-        if self._open != stream:
-            self._is_returned = False
-        if self._open and (self._open != stream or self._is_returned):
-            out.append(self._close_line())
-        if not self._open:
+        if self._open != stream or self._is_returned:
             out.append(self._open_line(stream))
+        self._lanes[stream].is_in_line = True
         css = _css(self._lanes[stream].style)
         if css != self._css:
             out.append(("</span>" if self._css else "") + (f'<span style="{css}">' if css else ""))
@@ -1238,14 +1247,16 @@ class Html(Format):
         out.append(text)
 
     def _open_line(self, stream: str) -> str:
+        """Close what is open, and open a line; after a carriage return in the same stream, one in its place."""
+        is_returned, self._is_returned = self._is_returned and self._open == stream, False
+        before = self._close_line()
         self._open = stream
-        if self._is_returned:
-            self._is_returned = False
-            return self._line_tag(stream, "r")
-        starts_block = self._lines % _BLOCK_LINES == 0
-        between = "</div><div>" if starts_block and self._lines else ""
+        if is_returned:
+            return before + self._line_tag(stream, "r")
+        if self._lines and self._lines % _BLOCK_LINES == 0:
+            before += "</div><div>"
         self._lines += 1
-        return between + self._line_tag(stream)
+        return before + self._line_tag(stream)
 
     def _line_tag(self, stream: str, returned: str = "") -> str:
         classes = " ".join(filter(None, ["e" if stream == "stderr" else "", returned]))

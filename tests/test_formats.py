@@ -227,6 +227,19 @@ class HtmlFormat(unittest.TestCase):
         self.assertEqual(page.lines, ["a", "b", "e", "c", "", "[exit 0, 1.2 s]"])
         self.assertEqual(page.classes, ["", "", "e", "", "", "n x"])
 
+    def test_a_line_that_the_other_stream_breaks_off_goes_on_in_one_of_its_own(self) -> None:
+        for fed, lines in (
+            ([("stdout", b"a"), ("stderr", b"e\n"), ("stdout", b"b\nc\n")], ["a", "e", "b", "c"]),
+            ([("stdout", b"a"), ("stderr", b"e\n"), ("stdout", b"\nc\nd\n")], ["a", "e", "c", "d"]),
+            ([("stdout", b"a"), ("stderr", b"\n"), ("stdout", b"b\n")], ["a", "", "b"]),
+            ([("stdout", b"a"), ("stderr", b"e"), ("stdout", b"\n\nc"), ("stderr", b"f\n")], ["a", "e", "", "c", "f"]),
+            ([("stdout", b"a\r"), ("stderr", b"e\r"), ("stdout", b"b\n")], ["a", "e", "b"]),
+        ):
+            with self.subTest(fed=fed):
+                page = self.page(*fed)
+                self.assertEqual(page.lines[:-1], lines)
+                self.assertNotIn("r", page.classes)
+
     def test_colours_and_attributes_become_styles(self) -> None:
         for sequence, style in (
             ("31", "color:var(--c1)"),
