@@ -1130,6 +1130,11 @@ def _css(style: Mapping[str, str]) -> str:
     return ";".join(f"{name}:{value}" for name, value in sorted(shown.items()))
 
 
+def _fill(template: str, parts: Mapping[str, str]) -> str:
+    """Replace words of a template, all at once, so that no part is looked into for the others."""
+    return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)
+
+
 class Html(Format):
     """A page for people: colours, numbered lines, a view that follows the newest one.
 
@@ -1150,8 +1155,8 @@ class Html(Format):
         return self._options.heartbeat_seconds
 
     def start(self) -> bytes:
-        title = html.escape(self._options.title)
-        return _PAGE.replace("TITLE", title).replace("STYLE", _COLOURS + _VIEW_STYLE).encode()
+        parts = {"TITLE": html.escape(self._options.title), "STYLE": _COLOURS + _VIEW_STYLE}
+        return _fill(_PAGE, parts).encode()
 
     def feed(self, stream: str, data: bytes) -> bytes:
         self._silence = 0.0
@@ -2058,11 +2063,6 @@ def _page_reply(template: str, style: str, parts: Mapping[str, str] = MappingPro
     return Reply(200, headers, _fill(template, {"STYLE": style, **parts}).encode())
 
 
-def _fill(template: str, parts: Mapping[str, str]) -> str:
-    """Replace words of a template, all at once, so that no part is looked into for the others."""
-    return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)
-
-
 def _index_page(url: str, commands: Mapping[str, Command]) -> Reply:
     """The commands as a page: a form for each and a frame for the output, without a script."""
     sections = [
@@ -2089,8 +2089,7 @@ def _form_fields(command: Command) -> Iterator[str]:
     if command.is_plain_text and "format" not in command.parameters:
         yield '<input type="hidden" name="format" value="html">'
     for parameter in command.parameters.values():
-        name = html.escape(parameter.name)
-        required = "" if parameter.pattern.fullmatch("") else " required"
+        name = parameter.name
         if parameter.choices:
             options = (
                 f"<option{' selected' if choice == parameter.default else ''}>{html.escape(choice)}</option>"
@@ -2098,14 +2097,16 @@ def _form_fields(command: Command) -> Iterator[str]:
             )
             yield f'<label>{name}<select name="{name}">{"".join(options)}</select></label>'
         else:
-            type_ = "number" if parameter.type == "int" else "text"
-            value = html.escape(parameter.default or "")
-            pattern = html.escape(_browser_pattern(parameter))
-            hint = html.escape(parameter.problem("\0", True, False))
-            yield (
-                f'<label>{name}<input type="{type_}" name="{name}" value="{value}"{required}{pattern and " pattern="}'
-                f'{pattern and chr(34) + pattern + chr(34)} title="{hint}"></label>'
-            )
+            attributes = {
+                "type": "number" if parameter.type == "int" else "text",
+                "name": name,
+                "value": parameter.default or "",
+                "title": parameter.problem("\0", True, False),
+                "pattern": _browser_pattern(parameter),
+            }
+            written = " ".join(f'{key}="{html.escape(value)}"' for key, value in attributes.items() if value)
+            required = "" if parameter.pattern.fullmatch("") else " required"
+            yield f"<label>{name}<input {written}{required}></label>"
 
 
 # A regular expression that means the same to Python and to a browser, which reads it with the flag v: sets, escapes,

@@ -271,9 +271,9 @@ class Index(ServerCase):
         page = answer.body.decode()
         self.assertIn("Follow &lt;a&gt; log", page)
         self.assertIn('<form action="/logs" method="get" target="view">', page)
-        self.assertIn('<input type="number" name="lines" value="100" required title="must be int">', page)
+        self.assertIn('<input type="number" name="lines" value="100" title="must be int" required>', page)
         self.assertIn('<select name="file"><option>syslog</option>', page)
-        self.assertIn('<input type="text" name="unit" value="" required pattern=', page)
+        self.assertIn('<input type="text" name="unit" title="must be word (letters, digits', page)
         self.assertNotIn("<script", page)
 
     def test_the_lines_that_are_printed_can_be_run(self) -> None:
