@@ -88,7 +88,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Union
 
@@ -446,6 +446,8 @@ class Command:
         for name, value in self.env.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
                 raise ConfigError(f"env must be NAME=value, one a line: {name!r}")
+        if not self.command.isascii() and any("\ud800" <= char <= "\udfff" for char in self.command):
+            raise ConfigError(f"the command line must be UTF-8: {self.command!r}")
         marked, found = _mark_placeholders(self.command)
         named = _by_name(found)
         found = [named[parameter.name] for parameter in found]
@@ -715,13 +717,15 @@ class Request:
         return self.is_http_1_0 or "close" in (token.strip(" \t") for token in tokens)
 
     @property
-    def accepted(self) -> set[str]:
-        """The media types and ranges that Accept names, but for those it rules out (RFC 9110 section 12.5.1)."""
-        items = (
-            item.replace(" ", "").replace("\t", "").split(";")
-            for item in self.headers.get("accept", "").lower().split(",")
-        )
-        return {name for name, *options in items if not any(re.fullmatch(r"q=0(\.0*)?", option) for option in options)}
+    def accepted(self) -> dict[str, float]:
+        """The media types and ranges that Accept names, with their weights (RFC 9110 section 12.5.1)."""
+        found = {}
+        for item in re.sub(r"[ \t]", "", self.headers.get("accept", "").lower()).split(","):
+            name, *options = item.split(";")
+            weight = next((option[2:] for option in options if option.startswith("q=")), "1")
+            if name and re.fullmatch(r"[01](\.[0-9]{0,3})?", weight) and float(weight) > 0:
+                found[name] = float(weight)
+        return found
 
 
 def _find_head(inbox: bytearray, seen: int = 0) -> int:
@@ -820,6 +824,10 @@ def _printable(text: bytes) -> str:
 # ---------------------------------------------------------------------------------------------
 # formats: how output is written for a client. Pure: (stream, bytes) to bytes, and at the end an outcome to bytes
 
+# A read starts at a page or few, so that an idle stream costs nothing, and grows with the flow: fewer wake-ups of
+# either side for each byte. Past this size nothing is gained (the block no longer fits the processor's cache).
+_BLOCK_MIN_BYTES = 16 * 1024
+_BLOCK_MAX_BYTES = 256 * 1024
 # A line of a tagged format is held until it is whole, or for so long with nothing following, as behind a prompt.
 _PARTIAL_SECONDS = 0.25
 # Proxies drop connections that are silent for a minute or less; EventSource's standard suggests 15 s.
@@ -827,7 +835,7 @@ _SSE_COMMENT_SECONDS = 15.0
 # A line that does not end, and an escape sequence that does not, are held no further than this.
 _LINE_CHARACTERS = 64 * 1024
 _ESCAPE_CHARACTERS = 1024
-# Lines of a page in one block: a browser lays out the blocks it shows and leaves the others.
+# Lines of a page in one block: what a line does to those beside it, a browser need not look for any further.
 _BLOCK_LINES = 200
 
 
@@ -862,18 +870,26 @@ _PLAIN = Options()
 class Format:
     """Output as it is; the other formats build on it.
 
-    A format is fed what comes, and told of silence: `pause` is called when nothing has come for `patience` seconds.
+    A format is fed what comes. When the moment `due` has passed (time.monotonic()), `pause` has something to say.
     """
 
-    def __init__(self, options: Options = _PLAIN, clock: Callable[[], float] = time.time) -> None:
+    block_bytes = _BLOCK_MAX_BYTES  # how much it takes at a time: less, where it writes much more than it is fed
+
+    def __init__(
+        self,
+        options: Options = _PLAIN,
+        clock: Callable[[], float] = time.time,
+        timer: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._options = options
         self._clock = clock
-        self._silence = 0.0
+        self._timer = timer
+        self._heard = self._said = timer()  # when the run has put something out, and when we have written, at last
 
     @property
-    def patience(self) -> float:
-        """Seconds of silence after which `pause` has something to say."""
-        return math.inf
+    def due(self) -> float:
+        """The moment from which `pause` is to be called, unless something is fed before."""
+        return self._said + self._options.heartbeat_seconds
 
     def start(self) -> bytes:
         """What stands before the output."""
@@ -881,18 +897,17 @@ class Format:
 
     def feed(self, stream: str, data: bytes) -> bytes:
         """Output of the run, as the client gets it."""
+        self._heard = self._said = self._timer()
         return data
 
     def pause(self) -> bytes:
         """What is said of a silence."""
+        self._said = self._timer()
         return b""
 
     def end(self, outcome: Outcome) -> bytes:
         """What follows the output."""
         return b""
-
-    def _wants_note(self, outcome: Outcome) -> bool:
-        return self._options.notes == "always" or (self._options.notes == "cut" and bool(outcome.reason))
 
     def _stamp(self) -> str:
         """The time, as RFC 3339 has it, with milliseconds and zone."""
@@ -900,21 +915,21 @@ class Format:
         return moment.isoformat(timespec="milliseconds")
 
     def _still_running(self) -> str:
-        self._silence += self.patience
-        return f"[still running, silent for {self._silence:g} s]"
+        self._said = self._timer()
+        return f"[still running, silent for {self._said - self._heard:.1f} s]"
 
 
 class Text(Format):
     """Output as it is, for curl and for a browser tab, with notes and timestamps if they are asked for."""
 
-    _at_line_start = True
-
-    @property
-    def patience(self) -> float:
-        return self._options.heartbeat_seconds
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._at_line_start = True
+        if self._options.timestamps:
+            self.block_bytes = _BLOCK_MIN_BYTES
 
     def feed(self, stream: str, data: bytes) -> bytes:
-        self._silence = 0.0
+        super().feed(stream, data)
         starts_line, self._at_line_start = self._at_line_start, data.endswith(b"\n")
         if not self._options.timestamps:
             return data
@@ -926,7 +941,8 @@ class Text(Format):
         return self._note(self._still_running())
 
     def end(self, outcome: Outcome) -> bytes:
-        return self._note(outcome.note) if self._wants_note(outcome) else b""
+        is_wanted = self._options.notes == "always" or (self._options.notes == "cut" and outcome.reason)
+        return self._note(outcome.note) if is_wanted else b""
 
     def _note(self, note: str) -> bytes:
         line_end = "" if self._at_line_start else "\n"
@@ -940,8 +956,10 @@ class _Lane:
     def __init__(self, errors: str) -> None:
         self.decode = codecs.getincrementaldecoder("utf-8")(errors).decode
         self.held = ""
+        self.held_since = math.inf
         self.is_in_line = False
         self.style: dict[str, str] = {}
+        self.css = ""
 
 
 class _Lanes(dict[str, _Lane]):
@@ -957,44 +975,45 @@ class _Lanes(dict[str, _Lane]):
 class _Lines(Format):
     """Whole lines, each with its stream: for programs. Subclasses write them.
 
-    A line that is not finished goes out, marked where the format can, after a quarter of a second of silence; what
-    follows of it is a line again. Bytes that are not UTF-8 become lone surrogates (PEP 383) on the way.
+    A line that is not finished goes out, marked where the format can, after a quarter of a second in which its stream
+    is silent; what follows of it is a line again. Bytes that are not UTF-8 become lone surrogates (PEP 383) on the way.
     """
 
-    def __init__(self, options: Options = _PLAIN, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(options, clock)
+    block_bytes = _BLOCK_MIN_BYTES
+    comment_seconds = math.inf
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._lanes = _Lanes("surrogateescape")
 
     @property
-    def patience(self) -> float:
-        return _PARTIAL_SECONDS if any(lane.held for lane in self._lanes.values()) else self._patience
-
-    _patience = math.inf
+    def due(self) -> float:
+        moments = [lane.held_since + _PARTIAL_SECONDS for lane in self._lanes.values()]
+        return min([*moments, self._said + self.comment_seconds])
 
     def feed(self, stream: str, data: bytes) -> bytes:
+        super().feed(stream, data)
         lane = self._lanes[stream]
         *lines, lane.held = (lane.held + lane.decode(data)).split("\n")
+        lane.held_since = self._heard if lane.held else math.inf
         written = self._write(stream, lines) if lines else ""
-        if len(lane.held) > _LINE_CHARACTERS:
-            written += self._flush()
-        return written.encode()
+        return (written + (self._flush(stream) if len(lane.held) > _LINE_CHARACTERS else "")).encode()
 
     def pause(self) -> bytes:
-        return self._flush().encode()
+        super().pause()
+        late = [stream for stream, lane in self._lanes.items() if lane.held_since + _PARTIAL_SECONDS <= self._said]
+        return "".join(map(self._flush, late)).encode()
 
     def end(self, outcome: Outcome) -> bytes:
         for lane in self._lanes.values():
             lane.held += lane.decode(b"", True)
-        return (self._flush() + self._close(outcome)).encode()
+        return ("".join(map(self._flush, self._lanes)) + self._close(outcome)).encode()
 
-    def _flush(self) -> str:
-        """Write what is there of unfinished lines."""
-        written = ""
-        for stream, lane in self._lanes.items():
-            if lane.held:
-                written += self._write(stream, [lane.held], is_partial=True)
-                lane.held = ""
-        return written
+    def _flush(self, stream: str) -> str:
+        """Write what is there of an unfinished line."""
+        lane = self._lanes[stream]
+        held, lane.held, lane.held_since = lane.held, "", math.inf
+        return self._write(stream, [held], is_partial=True) if held else ""
 
     def _write(self, stream: str, lines: Sequence[str], is_partial: bool = False) -> str:
         raise NotImplementedError
@@ -1022,8 +1041,8 @@ class Ndjson(_Lines):
 class Sse(_Lines):
     """Server-sent events (WHATWG HTML, section 9.2). An id is the number of bytes of output up to there."""
 
+    comment_seconds = _SSE_COMMENT_SECONDS
     _offset = 0
-    _patience = _SSE_COMMENT_SECONDS
 
     def start(self) -> bytes:
         # With an id from the start every reconnect of an EventSource has a Last-Event-ID, and starts nothing.
@@ -1058,76 +1077,93 @@ def _to_bytes(text: str) -> bytes:
 
 # What is special to a terminal: ends of a line other than \n, escape sequences (ECMA-48) in their two spellings, and
 # the other control characters but tab. A sequence that never ends is cut short, and what remains of it is text.
-_CSI = f"(?:\x1b\\[|\x9b)([0-?]{{0,{_ESCAPE_CHARACTERS}}})([ -/]*)([@-~])"
-_STRING = f"(?:\x1b[PX\\]^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]{{0,{_ESCAPE_CHARACTERS}}}(?:\x07|\x1b\\\\|\x9c)"
+_CSI = f"(?:\x1b\\[|\x9b)([0-?]{{0,{_ESCAPE_CHARACTERS}}})([ -/]{{0,8}})([@-~])"
+_STRING_PART = f"(?:\x1b[PX\\]^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x90\x98\x9c-\x9f\n]{{0,{_ESCAPE_CHARACTERS}}}"
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_TERMINAL = re.compile(f"\r+\n?|{_CSI}|{_STRING}|\x1b[ -/]*[0-~]?|.")
+_TERMINAL = re.compile(f"\r+\n?|{_CSI}|{_STRING_PART}(?:\x07|\x1b\\\\|\x9c)|\x1b[ -/]{{0,8}}[0-~]?|.")
 _UNFINISHED = re.compile(
-    f"(?:\r+|(?:\x1b\\[|\x9b)[0-?]{{0,{_ESCAPE_CHARACTERS}}}[ -/]*|\x1b[ -/]*"
-    f"|(?:\x1b[PX\\]^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]{{0,{_ESCAPE_CHARACTERS}}}\x1b?)\\Z"
+    f"(?:\r+|(?:\x1b\\[|\x9b)[0-?]{{0,{_ESCAPE_CHARACTERS}}}[ -/]{{0,8}}|\x1b[ -/]{{0,8}}|{_STRING_PART}\x1b?)\\Z"
 )
+_UNFINISHED_CHARACTERS = _ESCAPE_CHARACTERS + 16
 _LEVELS = (0, 95, 135, 175, 215, 255)  # of xterm's colour cube
 _ATTRIBUTES = {
-    1: ("font-weight", "bold"),
-    2: ("opacity", ".7"),
-    3: ("font-style", "italic"),
-    4: ("text-decoration", "underline"),
-    7: ("inverse", "1"),
-    9: ("text-decoration", "line-through"),
-    22: ("font-weight opacity", ""),
-    23: ("font-style", ""),
-    24: ("text-decoration", ""),
-    27: ("inverse", ""),
-    29: ("text-decoration", ""),
+    1: ("bold", "font-weight:bold"),
+    2: ("dim", "opacity:.7"),
+    3: ("italic", "font-style:italic"),
+    4: ("underline", "underline"),
+    7: ("inverse", "inverse"),
+    9: ("strike", "line-through"),
     39: ("color", ""),
     49: ("background", ""),
 }
+for _name, _first, _bright in (("color", 30, 0), ("background", 40, 0), ("color", 90, 8), ("background", 100, 8)):
+    _ATTRIBUTES.update({_first + n: (_name, str(_bright + n)) for n in range(8)})
+_ATTRIBUTES_OFF = {22: ("bold", "dim"), 23: ("italic",), 24: ("underline",), 27: ("inverse",), 29: ("strike",)}
+# A terminal's sixteen colours, for text on one of them: the page's own are made to be read on the page.
+_CLASSIC = (
+    *("#000000", "#a40000", "#006b00", "#7a5c00", "#0037a6", "#75006b", "#006b75", "#d3d7cf"),
+    *("#555753", "#cc0000", "#2e8b00", "#ffe14d", "#2a6fd6", "#ad4fa8", "#00a5a5", "#ffffff"),
+)
 
 
 def _set_style(style: dict[str, str], parameters: str) -> None:
-    """Act on the parameters of a Select Graphic Rendition sequence (ECMA-48 section 8.3.117)."""
-    codes = [int(code or 0) for code in re.sub(r":(?=:)", "", parameters).replace(":", ";").split(";") if len(code) < 6]
-    while codes:
-        code = codes.pop(0)
+    """Act on the parameters of a Select Graphic Rendition sequence (ECMA-48 section 8.3.117; colours by ISO 8613-6)."""
+    if not re.fullmatch(r"[0-9;:]*", parameters):  # xterm's own sequences, which only look like one
+        return
+    groups = [[int(code[:5] or 0) for code in group.split(":")] for group in parameters.split(";")]
+    while groups:
+        code, *more = groups.pop(0)
         if code == 0:
             style.clear()
-        elif code in (38, 48):
-            style["color" if code == 38 else "background"] = _take_colour(codes)
+        elif code in (38, 48, 58):
+            colour = _take_colour(more[:1] + (more[-3:] if more[:1] == [2] else more[1:]) if more else None, groups)
+            if code != 58:  # an underline's
+                style["color" if code == 38 else "background"] = colour
+        elif code == 4 and more == [0]:
+            style.pop("underline", None)
         elif code in _ATTRIBUTES:
-            names, value = _ATTRIBUTES[code]
-            style.update(dict.fromkeys(names.split(), value))
-        elif 30 <= code <= 37 or 90 <= code <= 97:
-            style["color"] = f"var(--c{code - 30 if code < 90 else code - 82})"
-        elif 40 <= code <= 47 or 100 <= code <= 107:
-            style["background"] = f"var(--c{code - 40 if code < 100 else code - 92})"
+            name, value = _ATTRIBUTES[code]
+            style[name] = value
+        for name in _ATTRIBUTES_OFF.get(code, ()):
+            style.pop(name, None)
 
 
-def _take_colour(codes: list[int]) -> str:
-    """Take an extended colour from the front of the codes: 5 and an index of 256, or 2 and red, green, blue."""
-    kind = codes.pop(0) if codes else 0
-    if kind == 2 and len(codes) >= 3:
-        red, green, blue = (min(codes.pop(0), 255) for _ in range(3))
-    elif kind == 5 and codes:
-        index = codes.pop(0)
-        if index < 16:
-            return f"var(--c{index})"
-        if index < 232:
-            red, green, blue = (_LEVELS[(index - 16) // step % 6] for step in (36, 6, 1))
-        else:
-            red = green = blue = min(8 + 10 * (index - 232), 255)
-    else:
-        codes.clear()  # what is left of a sequence that is cut short means nothing
+def _take_colour(codes: Optional[list[int]], groups: list[list[int]]) -> str:
+    """An extended colour: 5 and an index of 256, or 2 and red, green, blue; by default from the front of the groups."""
+    if codes is None:
+        kind = groups.pop(0)[0] if groups else 0
+        codes = [kind, *(group[0] for group in groups[: {2: 3, 5: 1}.get(kind, len(groups))])]
+        del groups[: len(codes) - 1]
+    if codes[0] == 2 and len(codes) == 4:
+        return "#" + bytes(min(level, 255) for level in codes[1:]).hex()
+    if codes[0] != 5 or len(codes) != 2 or codes[1] > 255:
         return ""
-    return f"#{red:02x}{green:02x}{blue:02x}"
+    index = codes[1]
+    if index < 16:
+        return str(index)
+    if index < 232:
+        return "#" + bytes(_LEVELS[(index - 16) // step % 6] for step in (36, 6, 1)).hex()
+    return "#" + bytes([8 + 10 * (index - 232)] * 3).hex()
 
 
 def _css(style: Mapping[str, str]) -> str:
     """A style as the value of a style attribute."""
-    shown = {name: value for name, value in style.items() if value}
-    if shown.pop("inverse", ""):
-        colour, background = shown.get("color", "var(--text)"), shown.get("background", "var(--page)")
-        shown.update(color=background, background=colour)
-    return ";".join(f"{name}:{value}" for name, value in sorted(shown.items()))
+    colour, background = style.get("color", ""), style.get("background", "")
+    if background:
+        colour, background = _classic(colour), _classic(background)
+        red, green, blue = bytes.fromhex(background[1:])
+        colour = colour or ("#000000" if 2 * red + 5 * green + blue > 1000 else "#ffffff")
+    colour, background = (f"var(--c{given})" if given.isdigit() else given for given in (colour, background))
+    if "inverse" in style:
+        colour, background = background or "var(--page)", colour or "var(--text)"
+    lines = " ".join(style[name] for name in ("underline", "strike") if name in style)
+    rules = [colour and f"color:{colour}", background and f"background:{background}"]
+    rules += [style.get(name, "") for name in ("bold", "dim", "italic")]
+    return ";".join(filter(None, [*rules, lines and f"text-decoration:{lines}"]))
+
+
+def _classic(colour: str) -> str:
+    return _CLASSIC[int(colour)] if colour.isdigit() else colour
 
 
 def _fill(template: str, parts: Mapping[str, str]) -> str:
@@ -1138,74 +1174,70 @@ def _fill(template: str, parts: Mapping[str, str]) -> str:
 class Html(Format):
     """A page for people: colours, numbered lines, a view that follows the newest one.
 
-    What it writes depends on what it was fed and not on how that was cut into pieces. A line is a <p>. One that a
-    carriage return begins anew is hidden by the rule `p:has(+ .r)`, so that a progress bar shows its latest state.
+    What it writes depends on what it was fed and not on how that was cut into pieces. A line is a <samp>. One that a
+    carriage return begins anew is hidden by the rule `samp:has(+ .r)`, so that a progress bar shows its latest state.
+    The end of a line stands inside its element, where it is copied with it.
     """
 
-    def __init__(self, options: Options = _PLAIN, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(options, clock)
+    block_bytes = _BLOCK_MIN_BYTES
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._lanes = _Lanes("replace")
-        self._lines = 0
+        self._lines = 0  # in this block
         self._open = ""  # the stream whose line is open
         self._css = ""  # the style of the <span> that is open in it
-        self._is_returned = False  # a carriage return has come, and nothing after it
-
-    @property
-    def patience(self) -> float:
-        return self._options.heartbeat_seconds
+        self._is_returned = False  # a carriage return has come in it, and nothing to show after that
 
     def start(self) -> bytes:
         parts = {"TITLE": html.escape(self._options.title), "STYLE": _COLOURS + _VIEW_STYLE}
         return _fill(_PAGE, parts).encode()
 
     def feed(self, stream: str, data: bytes) -> bytes:
-        self._silence = 0.0
+        super().feed(stream, data)
         lane = self._lanes[stream]
-        return self._advance(stream, lane.held + lane.decode(data), is_last=False)
+        text = lane.held + lane.decode(data)
+        unfinished = _UNFINISHED.search(text, max(0, len(text) - _UNFINISHED_CHARACTERS))
+        lane.held = unfinished[0] if unfinished else ""
+        return self._advance(stream, text[: len(text) - len(lane.held)])
 
     def pause(self) -> bytes:
         return self._note("n", self._still_running())
 
     def end(self, outcome: Outcome) -> bytes:
-        rest = b"".join(
-            self._advance(stream, lane.held + lane.decode(b"", True), is_last=True)
-            for stream, lane in list(self._lanes.items())
-        )
-        note = self._note("n x", outcome.note) if self._options.notes != "never" else self._close_line().encode()
-        return rest + note + b"</div></div></main></body></html>\n"
+        rest = [self._advance(stream, lane.held + lane.decode(b"", True)) for stream, lane in self._lanes.items()]
+        note = self._note("n", outcome.note) if self._options.notes != "never" else self._close_line().encode()
+        return b"".join(rest) + note + b"</div></div></main></body></html>\n"
 
     def _note(self, classes: str, note: str) -> bytes:
-        self._is_returned = False
-        return f'{self._close_line()}<p class="{classes}">{html.escape(note)}</p>\n'.encode()
+        return f'{self._close_line()}<samp class="{classes}">{html.escape(note)}\n</samp>'.encode()
 
-    def _advance(self, stream: str, text: str, is_last: bool) -> bytes:
-        lane = self._lanes[stream]
-        unfinished = None if is_last else _UNFINISHED.search(text, max(0, len(text) - _ESCAPE_CHARACTERS - 4))
-        lane.held = unfinished[0] if unfinished else ""
+    def _advance(self, stream: str, text: str) -> bytes:
+        """Write text with what is meant for a terminal in it."""
         out: list[str] = []
-        at, end = 0, len(text) - len(lane.held)
-        control = _CONTROL.search(text, 0, end)
+        at = 0
+        control = _CONTROL.search(text)
         while control:
             self._add(out, stream, text[at : control.start()])
-            match = _TERMINAL.match(text, control.start(), end)
+            match = _TERMINAL.match(text, control.start())
             assert match  # it takes any character
-            self._obey(out, stream, match)
+            if match[0][0] == "\r":
+                self._is_returned = self._open == stream
+                if match[0][-1] == "\n":
+                    self._add(out, stream, "\n")
+            elif match[3] == "m" and not match[2]:
+                lane = self._lanes[stream]
+                _set_style(lane.style, match[1])
+                lane.css = _css(lane.style)
             at = match.end()
-            control = _CONTROL.search(text, at, end)
-        self._add(out, stream, text[at:end])
+            control = _CONTROL.search(text, at)
+        self._add(out, stream, text[at:])
         return "".join(out).encode()
-
-    def _obey(self, out: list[str], stream: str, match: re.Match[str]) -> None:
-        """Act on a control character or an escape sequence, as far as it means something on a page."""
-        if match[0][0] == "\r":
-            self._is_returned = self._open == stream and match[0][-1] != "\n"
-            if match[0][-1] == "\n":
-                self._add(out, stream, "\n")
-        elif match[3] == "m" and not match[2]:
-            _set_style(self._lanes[stream].style, match[1])
 
     def _add(self, out: list[str], stream: str, text: str) -> None:
         """Write text without anything special in it but ends of lines."""
+        if not text:
+            return
         lane = self._lanes[stream]
         first, *lines = html.escape(text, quote=False).split("\n")
         self._add_piece(out, stream, first)
@@ -1218,59 +1250,59 @@ class Html(Format):
             out.append(self._close_line())
         lane.is_in_line = False
         *lines, last = lines
-        if _css(lane.style):
-            for line in lines:
-                self._add_piece(out, stream, line)
-                out.append(("" if self._open == stream else self._open_line(stream)) + self._close_line())
-        elif lines:
+        if lines:
             self._add_lines(out, stream, lines)
         self._add_piece(out, stream, last)
 
     def _add_lines(self, out: list[str], stream: str, lines: Sequence[str]) -> None:
-        """Write whole lines without a style, a block at a time."""
+        """Write whole lines, a block at a time."""
         at = 0
         while at < len(lines):
-            size = _BLOCK_LINES - self._lines % _BLOCK_LINES
             first = self._open_line(stream)
-            block = lines[at : at + size]
+            after = "</span>" if self._css else ""
+            block = lines[at : at + _BLOCK_LINES - self._lines + 1]
             self._lines += len(block) - 1
-            out.append(first + f"</p>\n{self._line_tag(stream)}".join(block) + "</p>\n")
-            self._open = ""
-            at += size
+            out.append(first + f"\n{after}</samp>{self._line_tag(stream)}".join(block) + self._close_line())
+            at += len(block)
 
     def _add_piece(self, out: list[str], stream: str, text: str) -> None:
         """Write a part of a line; open the line, or begin it anew, if that is due."""
         if not text:
             return
+        lane = self._lanes[stream]
         if self._open != stream or self._is_returned:
             out.append(self._open_line(stream))
-        self._lanes[stream].is_in_line = True
-        css = _css(self._lanes[stream].style)
-        if css != self._css:
-            out.append(("</span>" if self._css else "") + (f'<span style="{css}">' if css else ""))
-            self._css = css
+        lane.is_in_line = True
+        if lane.css != self._css:
+            out.append(("</span>" if self._css else "") + self._span(stream))
         out.append(text)
 
     def _open_line(self, stream: str) -> str:
         """Close what is open, and open a line; after a carriage return in the same stream, one in its place."""
-        is_returned, self._is_returned = self._is_returned and self._open == stream, False
+        is_returned = self._is_returned and self._open == stream
         before = self._close_line()
         self._open = stream
-        if is_returned:
-            return before + self._line_tag(stream, "r")
-        if self._lines and self._lines % _BLOCK_LINES == 0:
-            before += "</div><div>"
+        if self._lines == _BLOCK_LINES:
+            # The last line of a block that is begun anew in the next one is hidden by a line that is never seen.
+            before += ('<samp class="r z"></samp>' if is_returned else "") + "</div><div>"
+            self._lines, is_returned = 0, False
         self._lines += 1
-        return before + self._line_tag(stream)
+        return before + self._line_tag(stream, "r" if is_returned else "")
 
     def _line_tag(self, stream: str, returned: str = "") -> str:
         classes = " ".join(filter(None, ["e" if stream == "stderr" else "", returned]))
         stamp = f"<time>{self._stamp()}</time> " if self._options.timestamps else ""
-        return (f'<p class="{classes}">' if classes else "<p>") + stamp
+        return (f'<samp class="{classes}">' if classes else "<samp>") + stamp + self._span(stream)
+
+    def _span(self, stream: str) -> str:
+        self._css = self._lanes[stream].css
+        return f'<span style="{self._css}">' if self._css else ""
 
     def _close_line(self) -> str:
-        closed = ("</span>" if self._css else "") + ("</p>\n" if self._open else "")
+        """Close the line that is open, and forget a carriage return at its end."""
+        closed = ("\n" if self._open else "") + ("</span>" if self._css else "") + ("</samp>" if self._open else "")
         self._open = self._css = ""
+        self._is_returned = False
         return closed
 
 
@@ -1289,23 +1321,23 @@ _COLOURS = """
 # The view is a reversed column: its scroll position counts from the end, so it follows what comes, until the reader
 # scrolls up. On the body itself the upper part could not be scrolled to.
 _VIEW_STYLE = """
-body { margin: 0; height: 100vh; display: flex; flex-direction: column; background: var(--page); color: var(--text);
-  font: .85rem/1.4 ui-monospace, monospace }
+body { margin: 0; height: 100vh; height: 100dvh; display: flex; flex-direction: column; background: var(--page);
+  color: var(--text); font: .85rem/1.4 ui-monospace, monospace }
 header { padding: .4rem 1ch; border-bottom: 1px solid var(--line); color: var(--soft) }
 h1 { font-size: 1em; margin: 0; color: var(--text); white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
 header p { margin: 0; font-family: system-ui, sans-serif; font-size: .8rem }
 @media (max-height: 30rem) { header p { display: none } }
 main { flex: 1; min-height: 0; overflow: auto; display: flex; flex-direction: column-reverse }
 main > div { margin-bottom: auto; padding: .3rem 0; counter-reset: line }
-main p { margin: 0; padding: 0 1ch 0 8ch; text-indent: -8ch; white-space: pre-wrap; overflow-wrap: anywhere;
-  min-height: 1.4em; tab-size: 8 }
-main p::before { counter-increment: line; content: counter(line); display: inline-block; width: 6ch; text-indent: 0;
+samp { display: block; font: inherit; padding: 0 1ch 0 8ch; text-indent: -8ch; white-space: pre-wrap;
+  overflow-wrap: anywhere; min-height: 1.4em; tab-size: 8 }
+samp::before { counter-increment: line; content: counter(line); display: inline-block; width: 6ch; text-indent: 0;
   margin-right: 2ch; text-align: right; color: var(--soft); user-select: none }
-main p.n::before { counter-increment: none; content: "" }
-main p.n { color: var(--soft) }
-main p.e { color: var(--c1) }
-main p:has(+ .r) { display: none }
-main time { color: var(--soft) }
+samp.n::before { counter-increment: none; content: "" }
+samp.n { color: var(--soft) }
+samp.e { color: var(--c1) }
+samp:has(+ .r), samp.z { display: none }
+time { color: var(--soft) }
 """
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
@@ -1328,10 +1360,6 @@ _FORMATS: Mapping[str, tuple[type[Format], str]] = {
 # ---------------------------------------------------------------------------------------------
 # runs: a process group, its pipes, and the one place that ends both
 
-# A read starts at a page or few, so that an idle stream costs nothing, and grows with the flow: fewer wake-ups of
-# either side for each byte. Past this size nothing is gained (the block no longer fits the processor's cache).
-_BLOCK_MIN_BYTES = 16 * 1024
-_BLOCK_MAX_BYTES = 256 * 1024
 _SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", 1031 if sys.platform == "linux" else None)
 
 # How long a process may take to be gone after SIGKILL (it can be stuck in the kernel, on a dead network disk)
@@ -1351,8 +1379,8 @@ def _poll(watched: Mapping[int, int], deadline: float = math.inf) -> dict[int, i
         poller.register(descriptor, events)
     if deadline == math.inf:
         return dict(poller.poll())
-    milliseconds = math.ceil((deadline - time.monotonic()) * 1000)
-    return dict(poller.poll(max(0, min(milliseconds, _POLL_MAX_MILLISECONDS))))
+    milliseconds = (deadline - time.monotonic()) * 1000
+    return dict(poller.poll(max(0, math.ceil(min(milliseconds, _POLL_MAX_MILLISECONDS)))))
 
 
 def _spawn(launch: Launch) -> tuple[subprocess.Popen[bytes], dict[int, str]]:
@@ -1533,11 +1561,11 @@ class Run:
         if self.reason and self.exit_code is not None:  # it owes nothing more: its answer is cut anyway
             self._drop_outputs()
 
-    def read(self, descriptor: int) -> bytes:
+    def read(self, descriptor: int, limit: int = _BLOCK_MAX_BYTES) -> bytes:
         """The next block of an output that is ready. Empty at its end, or when there was nothing after all."""
         owed = self._owed.get(descriptor, math.inf)
         try:
-            data = os.read(descriptor, int(min(self._block, owed)))
+            data = os.read(descriptor, int(min(self._block, owed, limit)))
         except BlockingIOError:
             return b""
         self._owed[descriptor] = owed - len(data)
@@ -1860,7 +1888,12 @@ class Site:
         except BaseException:
             self._free_slot(name)
             raise
-        _log.debug("started %s as %d: %s", name, run.pid, _printable(f"{shlex.join(launch.argv)} {values}".encode()))
+        _log.debug(
+            "started %s as %d: %s",
+            name,
+            run.pid,
+            _printable(f"{shlex.join(launch.argv)} {values}".encode(errors="replace")),
+        )
         return Reply(200, headers, run=run, format=class_(options) if command.is_plain_text else Format())
 
     @staticmethod
@@ -1912,29 +1945,24 @@ def _read_options(command: Command, request: Request, given: Mapping[str, str]) 
     for switch in ("footer", "timestamps"):
         if given.get(switch, "1") not in ("", "0", "1"):
             raise Error(f"parameter {switch!r} must be 0 or 1: {given[switch][:200]!r}")
-    try:
-        heartbeat = float(given.get("heartbeat", "inf"))
-    except ValueError:
-        heartbeat = 0
-    if not heartbeat > 0:
-        raise Error(f"parameter 'heartbeat' must be a number of seconds above 0: {given['heartbeat'][:200]!r}")
+    heartbeat = given.get("heartbeat", "")
+    if "heartbeat" in given and not re.fullmatch(r"[1-9][0-9]{0,4}|0\.[1-9]", heartbeat):
+        raise Error(f"parameter 'heartbeat' must be seconds, from 0.1 to 99999: {heartbeat[:200]!r}")
     format_ = given.get("format") or (_negotiate(request.accepted) if command.is_plain_text else "text")
     # A person wants to see the end; to a program the output is whole without a line of ours.
     notes = "always" if "text/html" in request.accepted else "cut"
     if "footer" in given:
         notes = "never" if given["footer"] == "0" else "always"
-    return Options(format_, notes, given.get("timestamps", "0") != "0", heartbeat)
+    return Options(format_, notes, given.get("timestamps", "0") != "0", float(heartbeat or "inf"))
 
 
-def _negotiate(accepted: Set[str]) -> str:
+def _negotiate(accepted: Mapping[str, float]) -> str:
     """The format for an Accept header. A browser's navigation admits anything, and gets text, as curl does."""
-    if "text/event-stream" in accepted:
-        return "sse"
-    if accepted & _NDJSON_TYPES:
-        return "ndjson"
-    if accepted & {"text/html", "text/*"} and not accepted & {"text/plain", "text/*", "*/*"}:
-        return "html"
-    return "text"
+    plain = accepted.get("text/plain", 0)
+    for format_, types in (("sse", {"text/event-stream"}), ("ndjson", _NDJSON_TYPES)):
+        if any(accepted.get(type_, 0) >= (plain or 0.001) for type_ in types):
+            return format_
+    return "html" if "text/html" in accepted and not accepted.keys() & {"text/plain", "text/*", "*/*"} else "text"
 
 
 def _busy(what: str) -> Error:
@@ -2021,6 +2049,7 @@ summary { font-size: .8rem; color: var(--soft); cursor: pointer }
 .post { font-size: .7rem; border: 1px solid var(--soft); border-radius: .3rem; padding: 0 .3rem; color: var(--soft) }
 @media (min-width: 60rem) { body { grid: "top top" auto "list view" 1fr / 27rem minmax(0, 1fr) }
   aside { border-top: 0; border-left: 1px solid var(--line) } }
+@media (max-height: 30rem) { body { display: block; height: auto } aside { height: 60vh } header p { display: none } }
 """
 _INDEX = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>streamlog on HOST</title>
@@ -2036,7 +2065,7 @@ COMMANDS</main>
 """
 _COMMAND = """<section aria-labelledby="NAME"><h2 id="NAME">NAME POST</h2>
 <p>ABOUT</p>
-<p><code tabindex="0" aria-label="Command line">LINE</code></p>
+<p><code tabindex="0">LINE</code></p>
 <form action="/NAME" method="METHOD" target="view">FIELDS
 <div class="row"><button class="start" aria-label="Start NAME">Start</button>
 <button formaction="/-/idle" formmethod="get" formnovalidate aria-label="Stop NAME">Stop</button>
@@ -2110,10 +2139,11 @@ def _form_fields(command: Command) -> Iterator[str]:
 
 
 # A regular expression that means the same to Python and to a browser, which reads it with the flag v: sets, escapes,
-# groups and repetitions, without what either knows alone.
+# groups and repetitions. Not: possessive repetitions, doubled punctuation in a set, negated escapes, lookaround.
 _COMMON_PATTERN = re.compile(
-    r"(?:\[\^?(?:[A-Za-z0-9]-[A-Za-z0-9]|\\[dws.\\/|()\[\]{}-]|[A-Za-z0-9_.,:;@%+= *?^$~#!\"<>'])+\]"
-    r"|\\[dwsDWS.\\/|()\[\]{}+*?^$]|[A-Za-z0-9_,:;@%= ~#!\"<>'&/|.*+?-]|\((?:\?:|(?!\?))|\)|\{[0-9]+(?:,[0-9]*)?\})*"
+    r"(?:\[\^?(?:[A-Za-z0-9]-[A-Za-z0-9]|\\[dw./|()\[\]{}\\-]|([_.,:;@%+= *?^$~#!<>])(?!\1)|[A-Za-z0-9\"'])+\]"
+    r"|\\[dw./|()\[\]{}\\+*?^$-]|[A-Za-z0-9_,:;@%= ~#!\"<>'&.|-]|\((?:\?:|(?!\?))|\)|[*+?](?![+*?])"
+    r"|\{[0-9]{1,3}(?:,[0-9]{0,3})?\}(?![+*?]))*"
 )
 
 
@@ -2143,7 +2173,10 @@ _COMMON_HEADERS = (
     ("Server", "streamlog"),
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "SAMEORIGIN"),
-    ("Referrer-Policy", "no-referrer"),
+    (
+        "Referrer-Policy",
+        "same-origin",
+    ),  # without a referrer a browser says `Origin: null` even to the page's own server
     ("Cache-Control", "no-cache, no-store"),
 )
 
@@ -2395,7 +2428,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         also when the command is silent; what still comes then is dropped.
         """
         client, closing = self._client, self._closing
-        silent_since = time.monotonic()
         while not run.is_over:
             watched = {client.fileno(): client.events}
             if client.is_gone:
@@ -2404,7 +2436,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if not run.reason:
                 watched[closing] = select.POLLIN
             is_paused = bool(client.outbox)
-            ready = run.wait(watched, is_paused, math.inf if is_paused else silent_since + format_.patience)
+            ready = run.wait(watched, is_paused, math.inf if is_paused else format_.due)
             client.turn(ready.pop(client.fileno(), 0))
             if ready.pop(closing, 0):
                 run.stop(_SHUTTING_DOWN)
@@ -2412,13 +2444,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     run.kill()
             for descriptor in ready:
                 stream = run.outputs[descriptor]
-                data = run.read(descriptor)
+                data = run.read(descriptor, format_.block_bytes)
                 if data:
                     self._write(format_.feed(stream, data), is_chunked)
-                    silent_since = time.monotonic()
-            if not is_paused and time.monotonic() >= silent_since + format_.patience:
+            if not is_paused and time.monotonic() >= format_.due:
                 self._write(format_.pause(), is_chunked)
-                silent_since = time.monotonic()
 
     def _write(self, data: bytes, is_chunked: bool) -> None:
         """Send a piece of the body, as one chunk in one send. An empty piece must not become one: that is the last."""

@@ -18,7 +18,7 @@ from . import browser
 from .support import ServerCase, is_alive, pids_in, wait_until
 
 TEXT = "document.body ? document.body.innerText : ''"
-LINES = "Array.from(document.querySelectorAll('main p')).filter(p => p.offsetHeight).map(p => p.innerText)"
+LINES = "Array.from(document.querySelectorAll('samp')).filter(p => p.offsetHeight).map(p => p.innerText.trimEnd())"
 
 
 @unittest.skipUnless(browser.IS_THERE, "Chromium and its driver are not installed")
@@ -95,7 +95,7 @@ class LivePage(BrowserCase):
         self.browser.run("document.querySelector('main').scrollTo(0, 0) || 1")
         self.assertEqual(self.browser.run(f"{LINES}.pop()"), "1000")
         self.browser.run("document.querySelector('main').scrollTo(0, -1e6) || 1")
-        top = "document.querySelector('main p').getBoundingClientRect().top"
+        top = "document.querySelector('samp').getBoundingClientRect().top"
         self.assertGreater(self.browser.run(top), 0, "the first line can be scrolled to")
 
     def test_short_output_stands_at_the_top_with_numbers_colours_and_the_end(self) -> None:
@@ -106,25 +106,39 @@ class LivePage(BrowserCase):
             }
         )
         self.browser.open(f"{server.url}/x?format=html")
-        self.see("document.querySelector('.x')", "the end")
+        self.see("/\\[exit 3/.test(document.body.innerText)", "the end")
         lines = self.browser.run(LINES)
         self.assertEqual(lines[:3], ["ared", "oops", "3%"])
         self.assertRegex(lines[3], r"^\[exit 3, 0\.\d s\]$")
-        number = "getComputedStyle(document.querySelectorAll('main p')[0], '::before').content"
+        number = "getComputedStyle(document.querySelectorAll('samp')[0], '::before').content"
         self.assertIn("counter(line)", self.browser.run(number))
-        self.assertLess(self.browser.run("document.querySelector('main p').getBoundingClientRect().top"), 150)
+        self.assertLess(self.browser.run("document.querySelector('samp').getBoundingClientRect().top"), 150)
         colour = "getComputedStyle(document.querySelector('{}')).color"
         self.browser.scheme("light")
         self.assertEqual(self.browser.run(colour.format("main span")), "rgb(179, 38, 30)")
-        self.assertEqual(self.browser.run(colour.format("main .e")), "rgb(179, 38, 30)")
+        self.assertEqual(self.browser.run(colour.format("samp.e")), "rgb(179, 38, 30)")
         self.browser.scheme("dark")
-        self.assertEqual(self.browser.run(colour.format("main .e")), "rgb(242, 133, 125)")
+        self.assertEqual(self.browser.run(colour.format("samp.e")), "rgb(242, 133, 125)")
         self.assertEqual(self.browser.errors(), [])
+
+    def test_a_long_progress_bar_stays_one_line_and_cheap(self) -> None:
+        server = self.serve({"x": self.python("import sys\nfor n in range(50000): sys.stdout.write(f'\\r{n}')")})
+        started = time.monotonic()
+        self.browser.open(f"{server.url}/x?format=html")
+        self.see(f"{LINES}.length == 2 && {LINES}[0] == '49999'", "its last state, alone", 15)
+        self.assertLess(time.monotonic() - started, 10)
+
+    def test_what_is_copied_is_what_was_put_out(self) -> None:
+        server = self.serve({"x": "!printf 'a\tb\n\n  c\n\033[31mred\033[0m\nd\n'; exec sleep 300"})
+        self.browser.open(f"{server.url}/x?format=html")
+        self.see(f"{LINES}.length == 5", "all lines")
+        copied = "(s => { s.selectAllChildren(document.querySelector('main')); return String(s) })(getSelection())"
+        self.assertEqual(self.browser.run(copied).strip("\n"), "a\tb\n\n  c\nred\nd")
 
     def test_a_hundred_thousand_lines_stay_usable(self) -> None:
         server = self.serve({"x": "!seq 1 100000; exec sleep 300"})
         self.browser.open(f"{server.url}/x?format=html")
-        count = "document.querySelectorAll('main p').length"
+        count = "document.querySelectorAll('samp').length"
         self.see(f"{count} == 100000", "all lines", 30)
         started = time.monotonic()
         for at in range(10):
@@ -223,6 +237,30 @@ class IndexPage(BrowserCase):
         self.browser.click("[aria-labelledby=page] .start")
         self.in_frame("document.querySelector('h1').innerText == 'own page'", "the page")
 
+    def test_odd_patterns_are_left_to_the_server(self) -> None:
+        odd = [
+            "[a-z]+?",
+            "(?=a)a.",
+            "[a-z.-]+",
+            "[..]+",
+            "[##a]",
+            "a{2,3}",
+            r"\S+",
+            "(a|b)*",
+            "a&&b",
+            "[&&]",
+            "(?i:a)",
+            "x|",
+        ]
+        if sys.version_info >= (3, 11):
+            odd += ["[a-z]++", "a*+"]
+        server = self.serve({f"c{n}": Command(f"echo {{x:{pattern}}}") for n, pattern in enumerate(odd)})
+        self.browser.open(server.url)
+        self.see(f"document.querySelectorAll('section').length == {len(odd)}", "the index")
+        self.browser.run("document.querySelectorAll('form').forEach(form => form.checkValidity()) || 1")
+        self.browser.type("[name=x]", "a")
+        self.assertEqual(self.browser.errors(), [])
+
     def test_it_asks_no_other_host_and_says_how_many_connections_there_are(self) -> None:
         resources = self.browser.run("performance.getEntriesByType('resource').map(entry => entry.name)")
         self.assertTrue(all(name.startswith(f"{self.server.url}/-/idle") for name in resources), resources)
@@ -253,6 +291,9 @@ class IndexPage(BrowserCase):
                 self.assertEqual(self.browser.run("getComputedStyle(document.body).display"), "grid")
                 colours.add(self.browser.run("getComputedStyle(document.body).backgroundColor"))
                 self.assertTrue(self.browser.screenshot().startswith(b"\x89PNG"))
+        for width, height in ((320, 256), (640, 360)):  # a desktop at 400 %, a phone on its side
+            self.browser.resize(width, height)
+            self.assertGreater(self.browser.run("document.querySelector('main').offsetHeight"), 100)
         self.assertEqual(colours, {"rgb(255, 255, 255)", "rgb(22, 24, 28)"})
 
 
@@ -327,6 +368,8 @@ class Clients(ServerCase):
             "/x?heartbeat=0",
             "/x?heartbeat=x",
             "/x?heartbeat=nan",
+            "/x?heartbeat=1e308",
+            "/x?heartbeat=0.05",
         ):
             with self.subTest(path=path):
                 self.assertEqual(self.fetch(server, path).status, 400)

@@ -106,6 +106,7 @@ class Placeholders(unittest.TestCase):
             ("env A=1 /bin/dash -c 'ls {x}'", "!SCRIPT"),
             ("sudo -u nobody zsh -c {x}", "!SCRIPT"),
             ("a\0b", "NUL"),
+            ("echo \udcff", "must be UTF-8"),
         ):
             with self.subTest(line=line), self.assertRaisesRegex(ConfigError, told):
                 Command(line)

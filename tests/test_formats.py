@@ -22,6 +22,15 @@ def noon() -> float:
     return NOON
 
 
+class Timer:
+    """A monotonic clock that is set by hand."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class TextFormat(unittest.TestCase):
     def test_output_is_left_as_it_is(self) -> None:
         for data in (b"a\n", b"\r 50%", bytes(range(256)), b"\xff\xfe"):
@@ -54,13 +63,18 @@ class TextFormat(unittest.TestCase):
         self.assertRegex(got.decode(), f"^{STAMP} ab\n{STAMP} \n{STAMP} c\n{STAMP} d\n{STAMP} e$")
 
     def test_a_heartbeat_is_a_line_that_tells_how_long_it_was_silent(self) -> None:
-        text = Text(Options(heartbeat_seconds=30))
-        self.assertEqual(text.patience, 30)
+        timer = Timer()
+        text = Text(Options(heartbeat_seconds=30), noon, timer)
+        self.assertEqual(text.due, 130)
         text.feed("stdout", b"a")
-        self.assertEqual(text.pause(), b"\n[still running, silent for 30 s]\n")
-        self.assertEqual(text.pause(), b"[still running, silent for 60 s]\n")
+        timer.now = 130
+        self.assertEqual((text.pause(), text.due), (b"\n[still running, silent for 30.0 s]\n", 160))
+        timer.now = 160
+        self.assertEqual(text.pause(), b"[still running, silent for 60.0 s]\n")
         text.feed("stdout", b"b\n")
-        self.assertEqual(text.pause(), b"[still running, silent for 30 s]\n")
+        timer.now = 190
+        self.assertEqual(text.pause(), b"[still running, silent for 30.0 s]\n")
+        self.assertEqual(Text(Options(), noon, timer).due, float("inf"))
 
 
 class NdjsonFormat(unittest.TestCase):
@@ -84,11 +98,17 @@ class NdjsonFormat(unittest.TestCase):
         self.assertEqual((last["exit_code"], last["signal"], last["reason"]), (143, 15, "timeout after 2 s"))
 
     def test_an_unfinished_line_goes_out_after_a_quarter_of_a_second_and_is_marked(self) -> None:
-        format_ = Ndjson(clock=noon)
-        self.assertEqual((format_.feed("stdout", b"name? "), format_.patience), (b"", 0.25))
+        timer = Timer()
+        format_ = Ndjson(clock=noon, timer=timer)
+        self.assertEqual((format_.feed("stdout", b"name? "), format_.due), (b"", 100.25))
+        timer.now = 100.2  # the other stream goes on: that is no reason to wait longer, nor to hurry
+        self.assertEqual(json.loads(format_.feed("stderr", b"noise\nmore"))["line"], "noise")
+        timer.now = 100.25
         partial = json.loads(format_.pause())
         self.assertEqual((partial["line"], partial["partial"]), ("name? ", True))
-        self.assertEqual((format_.patience, format_.pause()), (float("inf"), b""))
+        self.assertEqual((round(format_.due, 3), format_.pause()), (100.45, b""))
+        timer.now = 100.5
+        self.assertEqual((json.loads(format_.pause())["line"], format_.due), ("more", float("inf")))
         rest = json.loads(format_.feed("stdout", b"\n"))
         self.assertEqual((rest["line"], "partial" in rest), ("", False))
         format_.feed("stdout", b"end")
@@ -161,10 +181,15 @@ class SseFormat(unittest.TestCase):
         self.assertEqual(Sse().start(), b"id: 0\n\n")
 
     def test_silence_is_filled_with_comments(self) -> None:
-        format_ = Sse()
-        self.assertEqual((format_.patience, format_.pause()), (15, b": still running\n\n"))
+        timer = Timer()
+        format_ = Sse(timer=timer)
+        self.assertEqual(format_.due, 115)
+        timer.now = 115
+        self.assertEqual((format_.pause(), format_.due), (b": still running\n\n", 130))
         format_.feed("stdout", b"prompt")
-        self.assertEqual((format_.patience, format_.pause()), (0.25, b"id: 6\ndata: prompt\n\n"))
+        self.assertEqual(format_.due, 115.25)
+        timer.now = 115.25
+        self.assertEqual(format_.pause(), b"id: 6\ndata: prompt\n\n")
 
     def test_a_run_that_was_stopped_says_so_before_its_exit(self) -> None:
         self.assertEqual(self.events(outcome=CUT), [("stopped", "timeout after 2 s", "0"), ("exit", "143", "0")])
@@ -174,7 +199,7 @@ class Page(html.parser.HTMLParser):
     """Reads a page as strictly as the standard library can: every tag closed, in order; nothing but our own tags."""
 
     VOID = ("meta", "link")
-    KNOWN = ("html", "head", "title", "style", "body", "header", "main", "h1", "p", "div", "span", "time")
+    KNOWN = ("html", "head", "title", "style", "body", "header", "main", "h1", "p", "div", "span", "samp", "time")
 
     def __init__(self, text: bytes) -> None:
         super().__init__()
@@ -187,6 +212,10 @@ class Page(html.parser.HTMLParser):
         self.feed(text.decode())
         self.close()
         assert not self.open, self.open
+        shown = [(line, class_) for line, class_ in zip(self.lines, self.classes) if class_ != "r z"]
+        assert all(line.endswith("\n") for line, _ in shown)
+        self.lines = [line[:-1] for line, _ in shown]
+        self.classes = [class_ for _, class_ in shown]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, Optional[str]]]) -> None:
         assert tag in self.KNOWN or tag in self.VOID, tag
@@ -195,8 +224,8 @@ class Page(html.parser.HTMLParser):
         self.in_main = self.in_main or tag == "main"
         if self.in_main:
             assert {name for name, _ in attrs} <= {"class", "style", "tabindex", "aria-label"}, attrs
-        if self.in_main and tag == "p":
-            assert self.open.count("p") == 1
+        if tag == "samp":
+            assert self.open[-2:] == ["div", "samp"], self.open
             self.lines.append("")
             self.classes.append(dict(attrs).get("class") or "")
         if self.in_main and tag == "div":
@@ -208,7 +237,8 @@ class Page(html.parser.HTMLParser):
         assert self.open and self.open.pop() == tag, (tag, self.open)
 
     def handle_data(self, data: str) -> None:
-        if self.in_main and "p" in self.open:
+        if "samp" in self.open:
+            assert not self.lines[-1].endswith("\n")
             self.lines[-1] += data
         elif self.in_main:
             assert not data.strip(), data
@@ -225,7 +255,7 @@ class HtmlFormat(unittest.TestCase):
     def test_lines_are_paragraphs_and_stderr_has_a_class(self) -> None:
         page = self.page(("stdout", b"a\nb"), ("stderr", b"e\n"), ("stdout", b"c\n\n"))
         self.assertEqual(page.lines, ["a", "b", "e", "c", "", "[exit 0, 1.2 s]"])
-        self.assertEqual(page.classes, ["", "", "e", "", "", "n x"])
+        self.assertEqual(page.classes, ["", "", "e", "", "", "n"])
 
     def test_a_line_that_the_other_stream_breaks_off_goes_on_in_one_of_its_own(self) -> None:
         for fed, lines in (
@@ -244,32 +274,55 @@ class HtmlFormat(unittest.TestCase):
         for sequence, style in (
             ("31", "color:var(--c1)"),
             ("97", "color:var(--c15)"),
-            ("44", "background:var(--c4)"),
-            ("103", "background:var(--c11)"),
+            ("44", "color:#ffffff;background:#0037a6"),
+            ("103", "color:#000000;background:#ffe14d"),
             ("38;5;9", "color:var(--c9)"),
             ("38;5;208", "color:#ff8700"),
-            ("48;5;255", "background:#eeeeee"),
+            ("48;5;255", "color:#000000;background:#eeeeee"),
             ("38;2;1;2;300", "color:#0102ff"),
             ("38:2::1:2:3", "color:#010203"),
             ("1", "font-weight:bold"),
             ("2", "opacity:.7"),
             ("3", "font-style:italic"),
             ("4", "text-decoration:underline"),
-            ("7", "background:var(--text);color:var(--page)"),
-            ("31;42;7", "background:var(--c1);color:var(--c2)"),
+            ("7", "color:var(--page);background:var(--text)"),
+            ("31;42;7", "color:#006b00;background:#a40000"),
+            ("31;7", "color:var(--page);background:var(--c1)"),
+            ("4;9", "text-decoration:underline line-through"),
+            ("4;9;24", "text-decoration:line-through"),
+            ("4:3", "text-decoration:underline"),
+            ("31;4:0", "color:var(--c1)"),
+            ("38:2:0:1:2:3", "color:#010203"),
+            ("58;5;1;3", "font-style:italic"),
+            ("58;2;1;2;3;1", "font-weight:bold"),
             ("1;31", "color:var(--c1);font-weight:bold"),
             ("1;31;22;39;4", "text-decoration:underline"),
         ):
             with self.subTest(sequence=sequence):
                 page = self.page(("stdout", f"a\x1b[{sequence}mb\x1b[0mc\n".encode()))
                 self.assertEqual((page.lines[0], page.styles), ("abc", [style]))
-        for sequence in ("", "0", "99", "38", "38;5", "38;2;1", "31;0", "9999999999"):
+        for sequence in (
+            "",
+            "0",
+            "99",
+            "38",
+            "38;5",
+            "38;2;1",
+            "31;0",
+            "9999999999",
+            ">4;2",
+            "?4",
+            "38;5;256",
+            "38;7;1;1",
+            "4:0",
+            "38:",
+        ):
             self.assertEqual(self.page(("stdout", f"\x1b[{sequence}mb\n".encode())).styles, [], sequence)
 
     def test_a_colour_goes_on_over_ends_of_lines_and_is_its_stream_s_own(self) -> None:
         page = self.page(("stdout", b"\x1b[31ma\n\nb"), ("stderr", b"plain\n"), ("stdout", b"c\x1b[m\nd\n"))
         self.assertEqual(page.lines[:-1], ["a", "", "b", "plain", "c", "d"])
-        self.assertEqual(page.styles, ["color:var(--c1)"] * 3)
+        self.assertEqual(page.styles, ["color:var(--c1)"] * 4)
 
     def test_other_sequences_and_control_characters_are_dropped(self) -> None:
         for junk in (
@@ -293,9 +346,14 @@ class HtmlFormat(unittest.TestCase):
         self.assertEqual(self.page(("stdout", text.encode())).lines[0], text)
 
     def test_a_progress_bar_begins_its_line_anew(self) -> None:
-        page = self.page(("stdout", b"10%\r20%\r\x1b[K30%\r\nnext\rx\n\rz\n"))
+        page = self.page(("stdout", b"10%\r20%\r\x1b[K30%\r\nnext\rx\r\x1b[0m\n\rz\n"))
         self.assertEqual(page.lines[:-1], ["10%", "20%", "30%", "next", "x", "z"])
         self.assertEqual(page.classes[:-1], ["", "r", "r", "", "r", ""])
+        written = self.write(("stdout", b"".join(b"\r%d" % n for n in range(1000))))
+        blocks = written.partition(b"<main")[2].split(b"</div><div>")
+        self.assertEqual(len(Page(written).lines) - 1, 1000)
+        self.assertTrue(all(block.endswith(b'<samp class="r z"></samp>') for block in blocks[:-1]))
+        self.assertLessEqual(max(block.count(b"<samp") for block in blocks), 201)
 
     def test_lines_stand_in_blocks(self) -> None:
         page = self.page(("stdout", b"".join(b"%d\n" % n for n in range(1000))))
@@ -317,14 +375,26 @@ class HtmlFormat(unittest.TestCase):
             "\x1b[38;5;99m",
             "\x1b",
             "\x1b[",
+        ]
+        parts += [
             "x" * 30,
+            "\x9d",
+            "\x1b" + " " * 9,
+            "\x1b[1" + " " * 9,
+            "\x1b[44m",
+            "\x1b[" + "1" * 1030,
+            "\x1b]" + "1" * 1030,
         ]
         for _ in range(100):
-            data = "".join(dice.choice(parts) for _ in range(60)).encode() + b"\xff\xc3"
-            whole = self.write(("stdout", data))
+            fed = [
+                (dice.choice(("stdout", "stdout", "stderr")), "".join(dice.choice(parts) for _ in range(10)).encode())
+                for _ in range(6)
+            ]
+            fed.append(("stdout", b"\xff\xc3"))
+            whole = self.write(*fed)
             Page(whole)
             for size in (1, 2, 3, 7):
-                pieces = [("stdout", data[at : at + size]) for at in range(0, len(data), size)]
+                pieces = [(stream, data[at : at + size]) for stream, data in fed for at in range(0, len(data), size)]
                 self.assertEqual(self.write(*pieces), whole)
         data = b"".join(b"%d\n" % n for n in range(600))
         self.assertEqual(
@@ -345,35 +415,33 @@ class HtmlFormat(unittest.TestCase):
     def test_timestamps_and_heartbeats_are_lines_for_people(self) -> None:
         page = self.page(("stdout", b"a\nb\nc"), options=Options(timestamps=True, notes="never"))
         self.assertTrue(all(re.fullmatch(f"{STAMP} [abc]", line) for line in page.lines), page.lines)
-        format_ = Html(Options(heartbeat_seconds=5), noon)
-        data = (
-            format_.start()
-            + format_.feed("stdout", b"a\r")
-            + format_.pause()
-            + format_.feed("stdout", b"b")
-            + format_.end(FAILED)
-        )
+        timer = Timer()
+        format_ = Html(Options(heartbeat_seconds=5), noon, timer)
+        data = format_.start() + format_.feed("stdout", b"a\r")
+        timer.now = format_.due
+        data += format_.pause() + format_.feed("stdout", b"b") + format_.end(FAILED)
         page = Page(data)
-        self.assertEqual(page.lines, ["a", "[still running, silent for 5 s]", "b", "[exit 3, 0.0 s]"])
-        self.assertEqual(page.classes, ["", "n", "", "n x"])
+        self.assertEqual(page.lines, ["a", "[still running, silent for 5.0 s]", "b", "[exit 3, 0.0 s]"])
+        self.assertEqual(page.classes, ["", "n", "", "n"])
 
 
 class Negotiation(unittest.TestCase):
     def test_accept_chooses_the_format(self) -> None:
         for accepted, expected in (
-            (set(), "text"),
-            ({"*/*"}, "text"),
-            ({"text/plain"}, "text"),
-            ({"text/*"}, "text"),
-            ({"text/html", "application/xhtml+xml", "application/xml", "*/*"}, "text"),
-            ({"text/html"}, "html"),
-            ({"text/html", "image/png"}, "html"),
-            ({"text/html", "text/plain"}, "text"),
-            ({"text/event-stream"}, "sse"),
-            ({"application/x-ndjson"}, "ndjson"),
-            ({"application/jsonl"}, "ndjson"),
-            ({"application/json", "*/*"}, "ndjson"),
-            ({"image/png"}, "text"),
+            ({}, "text"),
+            ({"*/*": 1}, "text"),
+            ({"text/plain": 1}, "text"),
+            ({"text/*": 1}, "text"),
+            ({"text/html": 1, "application/xhtml+xml": 1, "application/xml": 0.9, "*/*": 0.8}, "text"),
+            ({"text/html": 1}, "html"),
+            ({"text/html": 0.5, "image/png": 1}, "html"),
+            ({"text/html": 1, "text/plain": 0.1}, "text"),
+            ({"text/event-stream": 1}, "sse"),
+            ({"application/x-ndjson": 1}, "ndjson"),
+            ({"application/jsonl": 0.3}, "ndjson"),
+            ({"application/json": 1, "text/plain": 1, "*/*": 1}, "ndjson"),
+            ({"application/json": 0.1, "text/plain": 1}, "text"),
+            ({"image/png": 1}, "text"),
         ):
             with self.subTest(accepted=accepted):
                 self.assertEqual(_negotiate(accepted), expected)

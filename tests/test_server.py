@@ -150,7 +150,7 @@ class Answers(ServerCase):
             for name, value in (
                 ("x-content-type-options", "nosniff"),
                 ("x-frame-options", "SAMEORIGIN"),
-                ("referrer-policy", "no-referrer"),
+                ("referrer-policy", "same-origin"),
                 ("cache-control", "no-cache, no-store"),
             ):
                 self.assertEqual(headers.get(name), value)
