@@ -14,7 +14,13 @@ options:
       --timeout SEC    stop a run after so many seconds (0: no limit)
       --grace SEC      seconds from SIGTERM to SIGKILL when a run is stopped (5)
       --max-runs N     runs at a time; one more gets a 503 (64)
-      --no-auth        listen on an address that others reach, for anyone to use
+      --token-file FILE
+                       demand the token that stands in this file; or set STREAMLOG_TOKEN
+      --no-auth        listen on an address that others reach without a token all the same
+      --allow-host NAME
+                       take this host name for the server's own; may be given again
+      --allow-origin ORIGIN
+                       let pages of this origin use the server; may be given again
       --check          print the commands as they were understood, and exit
   -v, --verbose        also log each start of a command
   -q, --quiet          print the address alone at start, and log warnings only
@@ -64,6 +70,7 @@ import email.utils
 import errno
 import fcntl
 import hashlib
+import hmac
 import html
 import http
 import http.server
@@ -132,7 +139,10 @@ class Settings:
     grace_seconds: float = 5.0
     drain_seconds: float = 2.0
     max_runs: int = 64
+    token: str = dataclasses.field(default="", repr=False)
     no_auth: bool = False
+    allow_hosts: Sequence[str] = ()
+    allow_origins: Sequence[str] = ()
     head_seconds: float = 10.0
     idle_seconds: float = 60.0
     keepalive_seconds: int = 15
@@ -1740,44 +1750,100 @@ def _bytes_in_pipe(descriptor: int) -> int:
 # access: who may. A request passes before anything is looked up or run on its behalf
 
 
-class Access:
-    """The rules for Host and Origin. `is_local` says whether only this machine can reach the server."""
+# What a browser says of a request that nobody has asked for yet: it fetches a page ahead, in case it is.
+_AHEAD_HEADERS = ("sec-purpose", "purpose", "x-purpose", "x-moz")
+_CORS_HEADERS = {
+    "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
+    "Access-Control-Expose-Headers": "Retry-After",
+    "Access-Control-Max-Age": "600",
+}
 
-    def __init__(self, is_local: bool) -> None:
+
+class Access:
+    """Who may: the rules for Host, Origin and token. `is_local` says whether only this machine can reach the server."""
+
+    def __init__(self, settings: Settings, is_local: bool) -> None:
+        self._token = settings.token.encode()
+        self._origins = frozenset(origin.lower() for origin in settings.allow_origins)
         self._is_local = is_local
-        self._names = {"localhost"} if is_local else {"localhost", socket.gethostname().lower()}
+        self._hosts = {"localhost", *(host.lower().rstrip(".") for host in settings.allow_hosts)}
+        if not is_local:
+            self._hosts.add(socket.gethostname().lower())
 
     def check(self, request: Request) -> None:
-        """Raise Error (403) for a request that names a foreign host, or that another site's page has made."""
-        if not self._is_known_host(request.host):
-            raise Error(
-                f"the host {request.host[:200]!r} is not this server's: use localhost or an address "
-                "(a name that somebody else controls could point here)",
-                403,
-            )
+        """Raise Error for a request that may not be answered: before anything is looked up on its behalf."""
+        self._check_host(request.host)
+        self._check_site(request)
+        is_preflight = request.method == "OPTIONS" and self._is_allowed_origin(request)  # which carries no token
+        if self._token and not is_preflight and request.path != "/-/healthy":
+            self._check_token(request.headers.get("authorization", ""))
+
+    def headers(self, request: Request) -> dict[str, str]:
+        """What an answer says of the pages that may use it: of other origins, and in frames."""
+        ancestors = " ".join(["'self'", *sorted(self._origins)])
+        headers = {"Content-Security-Policy": f"frame-ancestors {ancestors}"}
+        if self._origins:
+            headers["Vary"] = "Origin"
+        if "origin" in request.headers and self._is_allowed_origin(request):
+            headers["Access-Control-Allow-Origin"] = request.headers["origin"]
+            headers.update(_CORS_HEADERS)
+        return headers
+
+    def _check_host(self, host: str) -> None:
+        """Refuse a name that is not this server's: a stranger could point his own here (DNS rebinding).
+
+        He has no token for it, though, and behind a proxy names are the proxy's: with a token any name will do
+        where others reach the server anyway.
+        """
+        if self._token and not self._is_local:
+            return
+        name = host.rstrip(".")
+        if name in self._hosts or name.endswith(".localhost"):
+            return
+        with contextlib.suppress(ValueError):
+            address = ipaddress.ip_address(name.strip("[]"))
+            if address.is_loopback or not self._is_local:
+                return
+        raise Error(f"the host {host[:200]!r} is not this server's: use localhost or an address, or --allow-host", 403)
+
+    def _check_site(self, request: Request) -> None:
+        """Refuse what another site's page has asked for, and what a browser asks for ahead of its user."""
+        ahead = " ".join(request.headers.get(name, "") for name in _AHEAD_HEADERS).lower()
+        if re.search("prefetch|prerender|preview", ahead):
+            raise Error("nothing is run ahead of being asked for", 503, {"Retry-After": "1"})
         site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
         if site is not None:
             is_own = site in ("same-origin", "none") or self._is_visit(request)
         else:
             is_own = origin is None or origin.lower() == f"http://{request.authority.lower()}"
-        if not is_own:
-            raise Error(f"a page of another site ({origin or site!r}) may not use this server: open it by itself", 403)
+        if not is_own and not self._is_allowed_origin(request):
+            who = _printable((origin or site or "").encode())
+            raise Error(f"a page of another site ({who}) may not use this server: --allow-origin would let it", 403)
 
-    def _is_known_host(self, host: str) -> bool:
-        """Whether a Host may be this server. A name of a stranger's could be pointed here (DNS rebinding)."""
-        name = host.rstrip(".")
-        if name in self._names or name.endswith(".localhost"):
-            return True
-        try:
-            address = ipaddress.ip_address(name.strip("[]"))
-        except ValueError:
-            return False
-        return address.is_loopback or not self._is_local
+    def _is_allowed_origin(self, request: Request) -> bool:
+        """Whether the page that asks is of an allowed origin. For a frame or an image only the referrer tells."""
+        referrer = re.match(r"https?://[^/]+", request.headers.get("referer", ""), re.IGNORECASE)
+        origin = request.headers.get("origin") or (referrer[0] if referrer else "")
+        return origin.lower() in self._origins
 
     @staticmethod
     def _is_visit(request: Request) -> bool:
         """Whether somebody followed a link to the index page, which runs nothing."""
         return request.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"
+
+    def _check_token(self, authorization: str) -> None:
+        """Refuse a request without the token, as Bearer or as the password of Basic (RFC 6750, RFC 7617)."""
+        scheme, _, given = authorization.partition(" ")
+        offered = given.strip().encode("latin-1")
+        if scheme.lower() == "basic":
+            try:
+                offered = base64.b64decode(offered, validate=True).partition(b":")[2]
+            except ValueError:
+                offered = b""
+        if scheme.lower() not in ("basic", "bearer") or not hmac.compare_digest(offered, self._token):
+            challenge = {"WWW-Authenticate": 'Basic realm="streamlog", charset="UTF-8", Bearer'}
+            raise Error("the token is missing or wrong: give it as curl -u :TOKEN does", 401, challenge)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1826,7 +1892,7 @@ class Site:
     def __init__(self, commands: Mapping[str, Command], settings: Settings, is_local: bool) -> None:
         self._commands = dict(commands)
         self._settings = settings
-        self._access = Access(is_local)
+        self.access = Access(settings, is_local)
         self._lock = threading.Lock()  # guards the slots
         self._runs: Counter[str] = Counter()
         self._pages: Mapping[str, Callable[[Request], Reply]] = {
@@ -1844,7 +1910,7 @@ class Site:
         read_body(limit) gives the request's body, read only once all else has been found right; a longer one
         than the limit is an Error.
         """
-        self._access.check(request)
+        self.access.check(request)
         command = self._commands.get(request.path[1:])
         page = None if command else self._pages.get(request.path)
         if command is None and page is None:
@@ -2014,10 +2080,9 @@ def _index_json(url: str, commands: Mapping[str, Command]) -> str:
 
 # Output may set styles of its own by escape sequences, and nothing else; the index page has the style that it was
 # sent with, told by its hash, and forms and a frame of this server's.
-_VIEW_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'self'"
+_VIEW_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 _INDEX_POLICY = (
-    "default-src 'none'; style-src 'sha256-HASH'; img-src data:; form-action 'self'; frame-src 'self'; "
-    "base-uri 'none'; frame-ancestors 'self'"
+    "default-src 'none'; style-src 'sha256-HASH'; img-src data:; form-action 'self'; frame-src 'self'; base-uri 'none'"
 )
 _INDEX_STYLE = """
 * { box-sizing: border-box }
@@ -2311,6 +2376,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             started = time.monotonic()
             first_line = first_line or bytes(self._client.inbox).partition(b"\r\n")[0]
             reply = _text_reply(f"{error}\n", error.status, error.headers)
+        if request is not None:
+            reply = reply._replace(headers=_join_headers(reply.headers, self.server.site.access.headers(request)))
         self._body_bytes = 0
         is_reusable = request is not None and not request.wants_close and not request.body_bytes
         if reply.run is None or request is None:
@@ -2457,6 +2524,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._client.send(b"%x\r\n%b\r\n" % (len(data), data) if is_chunked else data)
 
 
+def _join_headers(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
+    """Headers of two sources; what both have is a list (RFC 9110 section 5.3), or more of a policy's rules."""
+    joined = dict(one)
+    for name, value in other.items():
+        separator = "; " if name == "Content-Security-Policy" else ", "
+        joined[name] = f"{one[name]}{separator}{value}" if name in one else value
+    return joined
+
+
 def _head_bytes(status: int, headers: Mapping[str, str], is_reusable: bool) -> bytes:
     """The head of an answer. Raises ValueError rather than let a value break out of its line."""
     fields = [("Date", email.utils.formatdate(usegmt=True)), *_COMMON_HEADERS, *headers.items()]
@@ -2482,12 +2558,13 @@ class Server(http.server.ThreadingHTTPServer):
         found = socket.getaddrinfo(settings.bind, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, _, _, _, address = found[0]
         is_local = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
-        if not is_local and not settings.no_auth:
+        if not is_local and not settings.token and not settings.no_auth:
             raise ConfigError(
-                f"others reach {settings.bind}, and could run every command: "
-                "bind 127.0.0.1 and come by ssh -L, or say --no-auth to allow it"
+                f"others reach {settings.bind}, and could run every command: set a token (STREAMLOG_TOKEN or "
+                "--token-file), bind 127.0.0.1 and come by ssh -L, or say --no-auth to allow it"
             )
         self.settings = settings
+        self.is_local = is_local
         self.site = Site(commands, settings, is_local)
         self.is_killing = False
         self.stderr_guard: Optional[int] = None  # a descriptor whose reader's end is ours too
@@ -2717,12 +2794,46 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--timeout", type=seconds)
     parser.add_argument("--grace", type=seconds, default=5.0)
     parser.add_argument("--max-runs", type=number(int, 1, 1e6, "a whole number above 0"), default=64)
+    parser.add_argument("--token-file")
     parser.add_argument("--no-auth", action="store_true")
+    parser.add_argument("--allow-host", action="append", default=[], type=_read_host)
+    parser.add_argument("--allow-origin", action="append", default=[], type=_read_origin)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("-q", "--quiet", action="store_true")
     parser.add_argument("--version", action="version", version=f"streamlog {__version__}")
     return parser.parse_intermixed_args(argv)
+
+
+def _read_host(text: str) -> str:
+    if not _AUTHORITY.fullmatch(text) or ":" in text:
+        raise ConfigError(f"--allow-host must be a host name, without a port: {text!r}")
+    return text
+
+
+def _read_origin(text: str) -> str:
+    match = re.fullmatch(r"https?://([^/]+)", text, re.IGNORECASE)
+    if not match or not _AUTHORITY.fullmatch(match[1]):
+        raise ConfigError(f"--allow-origin must be http://HOST or https://HOST, with a port if it has one: {text!r}")
+    return text
+
+
+def _load_token(options: argparse.Namespace) -> str:
+    """The token of the file, or else of the environment; empty if neither is there."""
+    path = options.token_file
+    if path is None:
+        token, where = os.environ.get("STREAMLOG_TOKEN"), "STREAMLOG_TOKEN"
+    else:
+        try:
+            with open(path, encoding="utf-8") as file:
+                token, where = file.read().strip(), path
+                if os.fstat(file.fileno()).st_mode & 0o077:
+                    print(f"streamlog: warning: others can read {path!r}: chmod 600 {path}", file=sys.stderr)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from None
+    if token is not None and (not token or not token.isprintable()):
+        raise ConfigError(f"the token in {where} must be one line of printable characters, and not empty")
+    return token or ""
 
 
 def _load_commands(options: argparse.Namespace) -> dict[str, Command]:
@@ -2835,7 +2946,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             timeout_seconds=options.timeout,
             grace_seconds=options.grace,
             max_runs=int(options.max_runs),
+            token=_load_token(options),
             no_auth=options.no_auth,
+            allow_hosts=options.allow_host,
+            allow_origins=options.allow_origin,
             child_nofile=_raise_descriptor_limit(),
         )
         server = Server(commands, settings)
@@ -2848,6 +2962,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     _configure_logging(options)
     _handle_signals(server)
+    if settings.no_auth and not settings.token and not server.is_local:
+        _log.warning("anyone who reaches %s can run every command: those that change things should be POST", server.url)
     if sys.argv[0] in ("", "-"):  # this program came by standard input, as from ssh: end with that session
         server.stderr_guard = 2
     if options.quiet:
@@ -2857,6 +2973,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _print(f"streamlog: listening on {server.url}", *lines)
     server.serve_forever()
     server.close()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # one more would spoil the exit code
+        signal.signal(number, signal.SIG_IGN)
     return 0
 
 

@@ -267,7 +267,7 @@ class Endings(ServerCase):
             self.assertIn(b"[stopped: the server is shutting down", client.read_until(b" s]\n"))
 
     def test_signals_at_random_moments_always_end_it(self) -> None:
-        for delay in (0.0, 0.01, 0.03):
+        for delay in (0.0, 0.0, 0.0, 0.01, 0.03):
             with Program("-p", "0", self.STUB) as program:
                 time.sleep(delay)
                 program.process.send_signal(signal.SIGTERM)
