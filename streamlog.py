@@ -691,6 +691,8 @@ _LINE_BYTES = 16 * 1024
 _HEAD_BYTES = 64 * 1024
 _HEADER_COUNT = 100
 _FORM_BYTES = 64 * 1024
+_CHUNK_LINE_BYTES = 1024  # a chunk's size with its extensions
+_TRAILER_BYTES = 8 * 1024
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
@@ -716,9 +718,19 @@ class Request:
         return re.sub(r":[0-9]*$", "", self.authority).lower()
 
     @property
+    def is_chunked(self) -> bool:
+        """Whether the body comes in chunks, its length unknown."""
+        return "transfer-encoding" in self.headers
+
+    @property
     def body_bytes(self) -> int:
-        """The length of the body."""
+        """The length of a body that tells it."""
         return int(self.headers.get("content-length", "0"))
+
+    @property
+    def has_body(self) -> bool:
+        """Whether a body follows the head."""
+        return self.is_chunked or self.body_bytes > 0
 
     @property
     def wants_close(self) -> bool:
@@ -768,7 +780,65 @@ def _parse_head(head: bytes) -> Request:
     host = headers.get("host")
     if host is None or not _AUTHORITY.fullmatch(host):
         raise Error("the request needs one Host header that names a host")
+    if minor == "0" and "transfer-encoding" in headers:
+        raise Error("HTTP/1.0 has no transfer encodings")
     return Request(method, path, query, authority or host, headers, is_http_1_0=minor == "0")
+
+
+class _Chunks:
+    """A chunked body taken apart (RFC 9112 section 7.1): what has come in, the body out. Extensions and trailers are
+    read over."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._left: Optional[int] = None  # of the chunk's data and its line end; None where a chunk begins
+        self._is_in_trailers = False
+        self._trailer_bytes = 0
+
+    def take(self, inbox: bytearray) -> bytes:
+        """Take what can be taken off the front of the inbox; the part of the body in it. Raises Error."""
+        body = bytearray()
+        while not self.is_over and (self._take_line(inbox) if self._left is None else self._take_data(inbox, body)):
+            pass
+        return bytes(body)
+
+    def _take_data(self, inbox: bytearray, body: bytearray) -> bool:
+        assert self._left is not None
+        if self._left > 2:
+            data = inbox[: self._left - 2]
+            body += data
+            self._left -= len(data)
+            del inbox[: len(data)]
+        if self._left > 2 or len(inbox) < 2:
+            return False
+        if inbox[:2] != b"\r\n":
+            raise Error("a chunk of the body is not as long as it says")
+        del inbox[:2]
+        self._left = None
+        return True
+
+    def _take_line(self, inbox: bytearray) -> bool:
+        end = inbox.find(b"\n", 0, _CHUNK_LINE_BYTES)
+        if end < 0:
+            if len(inbox) >= _CHUNK_LINE_BYTES:
+                raise Error(f"a line between the chunks of the body is longer than {_CHUNK_LINE_BYTES} bytes")
+            return False
+        line = bytes(inbox[: end + 1])
+        del inbox[: end + 1]
+        if self._is_in_trailers:
+            self._trailer_bytes += len(line)
+            self.is_over = line == b"\r\n"
+            is_sound = self.is_over or (line[-2:] == b"\r\n" and _HEADER_LINE.fullmatch(line[:-2]))
+            if not is_sound or self._trailer_bytes > _TRAILER_BYTES:
+                raise Error(f"what follows the body must be header lines, and {_TRAILER_BYTES} bytes at most")
+            return True
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t -~\x80-\xff]*)?\r\n", line)
+        if not match:
+            raise Error("a chunk of the body must begin with its size in hexadecimal digits")
+        size = int(match[1], 16)
+        self._is_in_trailers = size == 0
+        self._left = size + 2 if size else None
+        return True
 
 
 def _parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
@@ -785,8 +855,10 @@ def _parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
             raise Error(f"the header {name} may be sent once only")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if "transfer-encoding" in headers:
-        status = 400 if "content-length" in headers else 411
-        raise Error("a chunked body is not taken: send it with a Content-Length alone", status)
+        if "content-length" in headers:
+            raise Error("a body has a Content-Length or comes in chunks, and not both")
+        if headers["transfer-encoding"].lower() != "chunked":
+            raise Error("the only transfer encoding that is taken is chunked", 501)
     if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "0")):
         raise Error("Content-Length must be a number")
     return headers
@@ -1868,7 +1940,7 @@ def _text_reply(text: str, status: int = 200, headers: Mapping[str, str] = Mappi
     return Reply(status, {"Content-Type": _PLAIN_TEXT, **headers}, text.encode())
 
 
-def _curl_line(url: str, name: str, command: Command) -> str:
+def _curl_line(url: str, name: str, command: Command, has_token: bool) -> str:
     """A line for a shell that runs the command, with every parameter to be seen and changed."""
     query = urllib.parse.urlencode(
         {
@@ -1883,7 +1955,8 @@ def _curl_line(url: str, name: str, command: Command) -> str:
     if command.method == "POST":
         words += ["-d", query] if query else ["-X", "POST"]
         query = ""
-    return shlex.join([*words, f"{url}/{name}" + (f"?{query}" if query else "")])
+    line = shlex.join([*words, f"{url}/{name}" + (f"?{query}" if query else "")])
+    return line.replace("curl -N", 'curl -N -u ":$STREAMLOG_TOKEN"', 1) if has_token else line
 
 
 class Site:
@@ -1922,7 +1995,7 @@ class Site:
             raise Error(f"{request.path} takes {allow}, not {request.method[:200]}", 405, {"Allow": allow})
         if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise Error("the only expectation that can be met is 100-continue", 417)
-        if request.body_bytes and request.method != "POST":
+        if request.has_body and request.method != "POST":
             raise Error(f"a {request.method} request takes no body: put parameters into the URL's query")
         if request.method == "OPTIONS":
             return Reply(204, {"Allow": ", ".join(methods)})
@@ -1933,7 +2006,7 @@ class Site:
 
     def _run(self, name: str, command: Command, request: Request, read_body: Callable[[int], bytes]) -> Reply:
         fields = list(_parse_query(request.query))
-        if request.body_bytes:
+        if request.has_body:
             fields += _parse_form(request, read_body)
         values, given = self._sort_fields(name, command, fields)
         options = _read_options(command, request, given)._replace(title=f"{name}: {command.command}")
@@ -1992,14 +2065,14 @@ class Site:
             self._runs[name] -= 1
 
     def _index(self, request: Request) -> Reply:
-        url = f"http://{request.authority}"
+        url, has_token = f"http://{request.authority}", bool(self._settings.token)
         headers = {"Vary": "Accept"}
         if "text/html" in request.accepted:
-            return _index_page(url, self._commands)
+            return _index_page(url, self._commands, has_token)
         if "application/json" in request.accepted:
             headers["Content-Type"] = "application/json"
             return Reply(200, headers, _index_json(url, self._commands).encode())
-        return _text_reply(_index_text(url, self._commands), headers=headers)
+        return _text_reply(_index_text(url, self._commands, has_token), headers=headers)
 
 
 def _read_options(command: Command, request: Request, given: Mapping[str, str]) -> Options:
@@ -2045,11 +2118,11 @@ def _parse_form(request: Request, read_body: Callable[[int], bytes]) -> Iterator
         raise Error("the form must be UTF-8") from None
 
 
-def _index_text(url: str, commands: Mapping[str, Command]) -> str:
+def _index_text(url: str, commands: Mapping[str, Command], has_token: bool) -> str:
     """The commands as lines for a shell, each under its description."""
     lines = [f"# streamlog {__version__} on {socket.gethostname()}: each line runs a command\n"]
     for name, command in commands.items():
-        lines.append(f"# {command.about or command.command}\n{_curl_line(url, name, command)}\n")
+        lines.append(f"# {command.about or command.command}\n{_curl_line(url, name, command, has_token)}\n")
     return "\n".join(lines)
 
 
@@ -2157,7 +2230,7 @@ def _page_reply(template: str, style: str, parts: Mapping[str, str] = MappingPro
     return Reply(200, headers, _fill(template, {"STYLE": style, **parts}).encode())
 
 
-def _index_page(url: str, commands: Mapping[str, Command]) -> Reply:
+def _index_page(url: str, commands: Mapping[str, Command], has_token: bool) -> Reply:
     """The commands as a page: a form for each and a frame for the output, without a script."""
     sections = [
         _fill(
@@ -2169,7 +2242,7 @@ def _index_page(url: str, commands: Mapping[str, Command]) -> Reply:
                 "LINE": html.escape(command.command),
                 "METHOD": command.method.lower(),
                 "FIELDS": "\n".join(_form_fields(command)),
-                "CURL": html.escape(_curl_line(url, name, command)),
+                "CURL": html.escape(_curl_line(url, name, command, has_token)),
             },
         )
         for name, command in commands.items()
@@ -2379,7 +2452,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if request is not None:
             reply = reply._replace(headers=_join_headers(reply.headers, self.server.site.access.headers(request)))
         self._body_bytes = 0
-        is_reusable = request is not None and not request.wants_close and not request.body_bytes
+        is_reusable = request is not None and not request.wants_close and not request.has_body
         if reply.run is None or request is None:
             self._send_whole(request, reply, is_reusable)
             exit_code, end = "-", "answered"
@@ -2437,17 +2510,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _read_body(self, request: Request, limit: int) -> bytes:
         """The request's body, asked for if the client waits for that (RFC 9110 section 10.1.1)."""
         client, size = self._client, request.body_bytes
-        if size > limit:
-            raise Error(f"the body may have {limit} bytes at most", 413)
-        if "expect" in request.headers and not request.is_http_1_0 and not client.inbox:
+        chunks = _Chunks() if request.is_chunked else None
+        if "expect" in request.headers and not request.is_http_1_0 and not client.inbox and size <= limit:
             client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         deadline = time.monotonic() + _BODY_SECONDS
-        while len(client.inbox) < size:
+        body = b""
+        while True:
+            body = body + chunks.take(client.inbox) if chunks else bytes(client.inbox[:size])
+            if max(size, len(body)) > limit:
+                raise Error(f"the body may have {limit} bytes at most", 413)
+            if chunks.is_over if chunks else len(body) == size:
+                del client.inbox[:size]
+                return body
             if not self._receive(deadline):
                 raise Error(f"the request's body must arrive within {_BODY_SECONDS:g} s", 408)
-        body = bytes(client.inbox[:size])
-        del client.inbox[:size]
-        return body
 
     def _send_whole(self, request: Optional[Request], reply: Reply, is_reusable: bool) -> None:
         """Send an answer that is known beforehand."""
@@ -2969,7 +3045,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if options.quiet:
         _print(server.url)
     else:
-        lines = [_curl_line(server.url, name, command) for name, command in commands.items()]
+        has_token = bool(settings.token)
+        lines = [_curl_line(server.url, name, command, has_token) for name, command in commands.items()]
         _print(f"streamlog: listening on {server.url}", *lines)
     server.serve_forever()
     server.close()

@@ -86,7 +86,12 @@ class Heads(unittest.TestCase):
             (head("POST / HTTP/1.1", f"Content-Length: {n}"), 400)
             for n in ("", "+5", "1_0", "-1", "0x5", "5, 5", "9" * 16, "\xb2")
         ),
-        (head("POST / HTTP/1.1", "Transfer-Encoding: chunked"), 411),
+        (b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        *(
+            (head("POST / HTTP/1.1", f"Transfer-Encoding: {coding}"), 501)
+            for coding in ("xchunked", "chunked, gzip", "gzip, chunked", "identity", "", "chunked\xa0", "chunked;a=b")
+        ),
+        (head("POST / HTTP/1.1", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), 501),
         (head("POST / HTTP/1.1", "Transfer-Encoding: \x0bchunked"), 400),
         (head("POST / HTTP/1.1", "Transfer-Encoding: chunked", "Content-Length: 3"), 400),
         (head("POST / HTTP/1.1", "Content-Length: 3", "Transfer-Encoding: chunked"), 400),
@@ -184,3 +189,61 @@ class Queries(unittest.TestCase):
         for query in ("a=%", "a=%4", "%zz=1", "a=%ff", "a=%ed%a0%80"):
             with self.subTest(query=query), self.assertRaises(Error):
                 list(streamlog._parse_query(query))
+
+
+class ChunkedBodies(unittest.TestCase):
+    GOOD = [
+        (b"0\r\n\r\n", b""),
+        (b"3\r\nabc\r\n0\r\n\r\n", b"abc"),
+        (b"3\r\nabc\r\n00000001\r\nd\r\n000\r\n\r\n", b"abcd"),
+        (b"a\r\n0123456789\r\nA\r\n0123456789\r\n0\r\n\r\n", b"01234567890123456789"),
+        (b"3;name=value;x\r\na\r\n\r\n0;last\r\n\r\n", b"a\r\n"),
+        (b"1 \t;x\r\na\r\n0\r\nTrailer: x\r\nOther:\r\n\r\n", b"a"),
+    ]
+    BAD = [
+        b"3\nabc\r\n0\r\n\r\n",
+        b"3\r\nabc\n0\r\n\r\n",
+        b"3\r\nabcd\r\n0\r\n\r\n",
+        b"4\r\nabc\r\n0\r\n\r\n",
+        b"0x3\r\nabc\r\n0\r\n\r\n",
+        b"+3\r\nabc\r\n0\r\n\r\n",
+        b"-3\r\nabc\r\n0\r\n\r\n",
+        b" 3\r\nabc\r\n0\r\n\r\n",
+        b"1_0\r\nabc\r\n0\r\n\r\n",
+        b"g\r\n\r\n",
+        b"\r\n",
+        b";x\r\n",
+        b"000000003\r\nabc\r\n0\r\n\r\n",
+        b"3;a\rb\r\nabc\r\n0\r\n\r\n",
+        b"3;" + b"x" * 2000,
+        b"3;" + b"x" * 2000 + b"\r\nabc\r\n0\r\n\r\n",
+        b"0\r\nGET / HTTP/1.1\r\n\r\n",
+        b"0\r\nA: b\n\r\n",
+        b"0\r\n\n",
+        b"0\r\n" + b"A: b\r\n" * 2000,
+    ]
+
+    def take(self, data: bytes, size: int) -> tuple[bytes, bytes, bool]:
+        """The body, what is left behind it, and whether it is over; fed in pieces of a size."""
+        chunks, inbox, body = streamlog._Chunks(), bytearray(), b""
+        for at in range(0, len(data), size):
+            inbox += data[at : at + size]
+            body += chunks.take(inbox)
+        return body, bytes(inbox), chunks.is_over
+
+    def test_a_sound_body_is_taken_apart_in_pieces_of_any_size_and_what_follows_is_left(self) -> None:
+        for data, body in self.GOOD:
+            for size in (1, 2, 3, 1000):
+                with self.subTest(data=data, size=size):
+                    self.assertEqual(self.take(data, size), (body, b"", True))
+            with self.subTest(data=data):
+                self.assertEqual(self.take(data + b"GET / HTTP/1.1\r\n", 1000), (body, b"GET / HTTP/1.1\r\n", True))
+                for end in range(len(data)):
+                    self.assertFalse(self.take(data[:end], 1000)[2])
+
+    def test_an_unsound_body_is_refused(self) -> None:
+        for data in self.BAD:
+            for size in (1, 1000, 100_000):
+                with self.subTest(data=data[:40], size=size), self.assertRaises(Error) as caught:
+                    self.take(data, size)
+                self.assertEqual(caught.exception.status, 400)

@@ -178,6 +178,34 @@ class Forms(ServerCase):
         self.assertEqual(self.fetch(self.server, "/p?a=1", "POST", [self.FORM], b"b=z").body, b"1 z\n")
         self.assertEqual(self.fetch(self.server, "/p?a=1", "POST").body, b"1 none\n")
 
+    def test_a_form_may_come_in_chunks(self) -> None:
+        chunked = [self.FORM, "Transfer-Encoding: chunked"]
+        for data, status, body in (
+            (b"5\r\na=1&b\r\n2\r\n=z\r\n0\r\n\r\n", 200, b"1 z\n"),
+            (b"3\r\na=1&\r\n", 400, None),
+            (b"11000\r\n" + b"a" * 0x11000 + b"\r\n", 413, None),
+        ):
+            with self.subTest(data=data[:30]), self.connect(self.server) as client:
+                client.get("/p", "POST", chunked)
+                client.send(data)
+                answer = client.read_answer()
+                self.assertEqual(answer.status, status)
+                if body:
+                    self.assertEqual(answer.body, body)
+                self.assertTrue(client.is_closed())
+
+    def test_a_request_behind_a_chunked_body_is_not_run(self) -> None:
+        mark = self.folder / "mark"
+        server = self.serve({"x": f"touch {mark}"})
+        for method in ("GET", "POST"):
+            with self.connect(server) as client:
+                client.get("/none" if method == "POST" else "/-/healthy", method, ["Transfer-Encoding: chunked"])
+                client.send(b"0\r\n\r\nGET /x HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                self.assertIn(client.read_answer().status, (400, 404))
+                self.assertTrue(client.is_closed())
+                self.assertEqual(client.buffer, b"")
+        self.assertFalse(mark.exists())
+
     def test_what_is_no_form_is_refused(self) -> None:
         for headers, path, body, status in (
             ([self.FORM], "/p?a=1", b"a=2", 400),
@@ -188,7 +216,7 @@ class Forms(ServerCase):
             ([], "/p", b"a=1", 415),
             ([self.FORM], "/p", b"a=" + b"1" * 70_000, 413),
             ([self.FORM, "Expect: 200-ok"], "/p", b"a=1", 417),
-            ([self.FORM, "Transfer-Encoding: chunked"], "/p", b"", 411),
+            ([self.FORM, "Transfer-Encoding: gzip"], "/p", b"", 501),
         ):
             with self.subTest(headers=headers, body=body[:10]):
                 self.assertEqual(self.fetch(self.server, path, "POST", headers, body).status, status)
