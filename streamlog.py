@@ -921,6 +921,11 @@ _ESCAPE_CHARACTERS = 1024
 _BLOCK_LINES = 200
 
 
+# Why a run may be ended by the server; or for its time: "timeout after ...".
+_CLIENT_GONE = "client gone"
+_SHUTTING_DOWN = "the server is shutting down"
+
+
 class Outcome(NamedTuple):
     """How a run ended: `reason` is why the server ended it, and empty when it ended by itself."""
 
@@ -928,6 +933,15 @@ class Outcome(NamedTuple):
     reason: str
     seconds: float
     signal: Optional[int] = None
+
+    @property
+    def kind(self) -> str:
+        """The end, as one of few words: ok, failed, timeout, client_gone, shutdown or stopped."""
+        if not self.reason:
+            return "failed" if self.exit_code else "ok"
+        if self.reason.startswith("timeout"):
+            return "timeout"
+        return {_CLIENT_GONE: "client_gone", _SHUTTING_DOWN: "shutdown"}.get(self.reason, "stopped")
 
     @property
     def note(self) -> str:
@@ -1923,6 +1937,7 @@ class Access:
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _SERVER_OPTIONS = ("format", "footer", "timestamps", "heartbeat")
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _NDJSON_TYPES = frozenset({"application/x-ndjson", "application/jsonl", "application/json"})
 
 
@@ -1934,6 +1949,7 @@ class Reply(NamedTuple):
     body: bytes = b""
     run: Optional[Run] = None
     format: Optional[Format] = None
+    name: str = ""  # the command's
 
 
 def _text_reply(text: str, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
@@ -1968,10 +1984,15 @@ class Site:
         self.access = Access(settings, is_local)
         self._lock = threading.Lock()  # guards the slots
         self._runs: Counter[str] = Counter()
+        self._ended: Counter[tuple[str, str]] = Counter()  # runs, by name and kind of end
+        self._bytes: Counter[str] = Counter()
+        self._seconds: Counter[str] = Counter()
+        self.count_clients: Callable[[], int] = lambda: 0  # told by whoever has them
         self._pages: Mapping[str, Callable[[Request], Reply]] = {
             "*": lambda _: Reply(204, {}),
             "/": self._index,
             "/-/healthy": lambda _: _text_reply("ok"),
+            "/-/metrics": lambda _: Reply(200, {"Content-Type": _METRICS_TYPE}, self._metrics().encode()),
             "/-/idle": lambda _: _page_reply(_IDLE, _COLOURS + _IDLE_STYLE),
             "/favicon.ico": lambda _: Reply(204, {}),  # browsers ask for it unasked, and complain of a 404
             "/robots.txt": lambda _: _text_reply("User-agent: *\nDisallow: /\n"),
@@ -2026,6 +2047,8 @@ class Site:
             run = Run(launch, self._settings, timeout, lambda: self._free_slot(name))
         except BaseException:
             self._free_slot(name)
+            with self._lock:
+                self._ended[name, "not_started"] += 1
             raise
         _log.debug(
             "started %s as %d: %s",
@@ -2033,7 +2056,8 @@ class Site:
             run.pid,
             _printable(f"{shlex.join(launch.argv)} {values}".encode(errors="replace")),
         )
-        return Reply(200, headers, run=run, format=class_(options) if command.is_plain_text else Format())
+        format_ = class_(options) if command.is_plain_text else Format()
+        return Reply(200, headers, run=run, format=format_, name=name)
 
     @staticmethod
     def _sort_fields(
@@ -2063,6 +2087,32 @@ class Site:
     def _free_slot(self, name: str) -> None:
         with self._lock:
             self._runs[name] -= 1
+
+    def record(self, name: str, outcome: Outcome, sent_bytes: int) -> None:
+        """Count a run that has ended, for the metrics."""
+        with self._lock:
+            self._ended[name, outcome.kind] += 1
+            self._bytes[name] += sent_bytes
+            self._seconds[name] += outcome.seconds  # type: ignore[assignment]  # a Counter of seconds counts on
+
+    def _metrics(self) -> str:
+        """What has been counted, in Prometheus' text format (version 0.0.4)."""
+        with self._lock:
+            families = (
+                ("runs_total", "counter", "Runs that have ended.", self._ended),
+                ("runs_active", "gauge", "Runs that are going on.", self._runs),
+                ("output_bytes_total", "counter", "Bytes of answers of runs.", self._bytes),
+                ("run_seconds_total", "counter", "Time that runs have taken.", self._seconds),
+            )
+            lines = []
+            for name, type_, about, counts in families:
+                lines += [f"# HELP streamlog_{name} {about}", f"# TYPE streamlog_{name} {type_}"]
+                for key, count in sorted(counts.items()):
+                    labels = zip(("command", "outcome"), key if isinstance(key, tuple) else (key,))
+                    written = ",".join(f'{label}="{value}"' for label, value in labels)
+                    lines.append(f"streamlog_{name}{{{written}}} {count:.10g}")
+        lines += ["# HELP streamlog_clients Connections that are open.", "# TYPE streamlog_clients gauge"]
+        return "\n".join([*lines, f"streamlog_clients {self.count_clients()}", ""])
 
     def _index(self, request: Request) -> Reply:
         url, has_token = f"http://{request.authority}", bool(self._settings.token)
@@ -2304,7 +2354,6 @@ _LINGER_SECONDS = 2.0
 _CUT_SECONDS = 0.5
 _BODY_SECONDS = 30.0
 _REPLY_SECONDS = 30.0
-_SHUTTING_DOWN = "the server is shutting down"
 # More threads than this are of no use on one machine; and a descriptor limit above it is not asked for.
 _DESCRIPTORS_MAX = 65536
 _COMMON_HEADERS = (
@@ -2458,6 +2507,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             exit_code, end = "-", "answered"
         else:
             outcome = self._send_run(request, reply, reply.run, is_reusable)
+            if self._client.is_gone:
+                outcome = outcome._replace(reason=_CLIENT_GONE)
+            self.server.site.record(reply.name, outcome, self._body_bytes)
             exit_code, end = str(outcome.exit_code), outcome.reason
             is_reusable = is_reusable and not end
         _log.info(
@@ -2468,7 +2520,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             exit_code,
             self._body_bytes,
             time.monotonic() - started,
-            "client gone" if self._client.is_gone else end or "exit",
+            _CLIENT_GONE if self._client.is_gone else end or "exit",
         )
         return is_reusable and not self._client.is_gone
 
@@ -2575,7 +2627,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             watched = {client.fileno(): client.events}
             if client.is_gone:
                 watched = {}
-                run.stop("client gone")
+                run.stop(_CLIENT_GONE)
             if not run.reason:
                 watched[closing] = select.POLLIN
             is_paused = bool(client.outbox)
@@ -2646,6 +2698,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.stderr_guard: Optional[int] = None  # a descriptor whose reader's end is ours too
         self._lock = threading.RLock()  # guards the clients; re-entrant for shutdown() in a signal handler
         self._clients: dict[_Client, threading.Thread] = {}
+        self.site.count_clients = self._clients.__len__
         self._thread: Optional[threading.Thread] = None
         self._is_short = False
         super().__init__((str(address[0]), int(address[1])), _Handler)

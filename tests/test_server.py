@@ -655,6 +655,58 @@ class Log(ServerCase):
         self.assertLess(len(line), 1200)
 
 
+class Metrics(ServerCase):
+    def read(self, server: streamlog.Server) -> dict[str, float]:
+        answer = self.fetch(server, "/-/metrics")
+        self.assertEqual(answer.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8")
+        lines = answer.body.decode().splitlines()
+        families = [line.split()[2] for line in lines if line.startswith("# TYPE ")]
+        self.assertEqual(len(families), len(set(families)))
+        samples = [line.rpartition(" ") for line in lines if not line.startswith("#")]
+        return {name: float(value) for name, _, value in samples}
+
+    def test_runs_are_counted_by_command_and_outcome(self) -> None:
+        server = self.serve(
+            {
+                "ok": "printf abc",
+                "bad": "false",
+                "slow": Command("sleep 300", timeout=0.1),
+                "live": "!echo; sleep 300",
+                "missing": "no-such-program",
+            }
+        )
+        for path in ("/ok", "/ok", "/bad", "/slow?footer=0", "/missing", "/none", "/ok?x=1"):
+            self.fetch(server, path)
+        with self.connect(server) as one, self.connect(server) as two:
+            for client in (one, two):
+                client.get("/live")
+                client.read_head()
+            self.assertEqual(self.read(server)['streamlog_runs_active{command="live"}'], 2)
+            wait_until(lambda: self.read(server)["streamlog_clients"] == 3, "both and the one that asks are counted")
+            one.sock.close()
+            gone = 'streamlog_runs_total{command="live",outcome="client_gone"}'
+            wait_until(lambda: gone in self.read(server), "it is counted")
+            found = self.read(server)
+        for sample, value in (
+            ('streamlog_runs_total{command="ok",outcome="ok"}', 2),
+            ('streamlog_runs_total{command="bad",outcome="failed"}', 1),
+            ('streamlog_runs_total{command="slow",outcome="timeout"}', 1),
+            ('streamlog_runs_total{command="missing",outcome="not_started"}', 1),
+            (gone, 1),
+            ('streamlog_runs_active{command="live"}', 1),
+            ('streamlog_runs_active{command="ok"}', 0),
+            ('streamlog_output_bytes_total{command="ok"}', 6),
+        ):
+            self.assertEqual(found[sample], value, sample)
+        self.assertTrue(0.1 <= found['streamlog_run_seconds_total{command="slow"}'] < 2)
+
+    def test_counts_of_a_million_are_written_out(self) -> None:
+        server = self.serve({"x": "head -c 12345678 /dev/zero"})
+        self.fetch(server, "/x")
+        sample = 'streamlog_output_bytes_total{command="x"}'
+        wait_until(lambda: self.read(server).get(sample) == 12345678, "all bytes are counted")
+
+
 class Closings(ServerCase):
     def test_close_cuts_what_runs_tells_the_client_and_frees_the_port(self) -> None:
         server = self.serve({"x": "!echo $$; sleep 300"})
@@ -811,7 +863,8 @@ class Soak(ServerCase):
         self.assertEqual(+server.site._runs, {})
         self.assertEqual(descriptors(), before[0])
         self.assertEqual(threading.active_count(), before[1])
-        self.assertLess(resident_bytes() - memory, 8 << 20)
+        if "coverage" not in sys.modules:  # which keeps what it has measured of each thread
+            self.assertLess(resident_bytes() - memory, 4 << 20)
 
     def test_a_binary_stream_is_exact_and_memory_flat(self) -> None:
         size = SOAK * 1024 * 1024
