@@ -1462,6 +1462,7 @@ _SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", 1031 if sys.platform == "linux" 
 # before its run is given up, and how often a group whose leader has gone is looked at: nothing tells of that by event.
 _ABANDON_SECONDS = 2.0
 _GROUP_CHECK_SECONDS = 0.05
+_GROUP_CHECK_MAX_SECONDS = 0.4
 
 _POLL_MAX_MILLISECONDS = 2**31 - 1  # a C int: callers look at the clock again
 
@@ -1590,6 +1591,8 @@ class Run:
         self.reason = ""
         self.exit_code: Optional[int] = None
         self._is_terminated = self._is_drained = False
+        self._reaped_at = math.inf
+        self._check_seconds = _GROUP_CHECK_SECONDS
         self._due: dict[Callable[[], None], float] = {}  # what is to be done, by time.monotonic()
         if timeout:
             self._due[self._time_out] = self.started + timeout
@@ -1756,14 +1759,16 @@ class Run:
         self._check_group()
 
     def _set_exit_code(self, code: int) -> None:
-        self.seconds = time.monotonic() - self.started
+        self._reaped_at = time.monotonic()
+        self.seconds = self._reaped_at - self.started
         self.exit_code = code
 
     def _check_group(self) -> None:
         if self._is_group_empty():
             self._finish()
         else:
-            self._due[self._check_group] = time.monotonic() + _GROUP_CHECK_SECONDS
+            self._due[self._check_group] = time.monotonic() + self._check_seconds
+            self._check_seconds = min(2 * self._check_seconds, _GROUP_CHECK_MAX_SECONDS)
 
     def _is_group_empty(self) -> bool:
         """Whether the group has gone; to be asked once its leader is reaped, who counts as long as he is not."""
@@ -1776,7 +1781,10 @@ class Run:
                 return True
             while os.waitpid(-self.pid, os.WNOHANG)[0]:  # orphans come to us where we are process 1: reap them
                 pass
-        return not _has_living_member(self.pid)
+        if _processes.has_living(self.pid, since=self._reaped_at):
+            return False
+        self._signal(signal.SIGKILL)  # for one that forked on while it was looked for; zombies do not mind
+        return True
 
     def _abandon(self) -> None:
         """Give up on a group that SIGKILL does not end: its members are stuck in the kernel, or not ours to kill."""
@@ -1804,28 +1812,50 @@ class Run:
         del self.outputs[descriptor]
 
 
-def _has_living_member(group: int) -> bool:
-    """Whether anyone but zombies is in a process group; where there is no /proc, as on macOS, they do not count anyway.
+class _Processes:
+    """Which process groups have members that live: one look at /proc serves all the runs that end at a time.
 
     An orphan's zombie is its group's until process 1 reaps it, which takes seconds in some containers, or for ever.
-    What cannot be read is taken for living.
+    What cannot be read is taken for living; without a /proc, as on macOS, kill(2) does not count zombies anyway.
     """
-    try:
-        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        return not pids or any(_is_living_member(pid, group) for pid in pids)
-    except OSError:
-        return True
+
+    def __init__(self) -> None:
+        self._lock = (
+            threading.Lock()
+        )  # guards the rest, and lets one thread look while the others wait for what it sees
+        self._looked_at = -math.inf
+        self._groups: Optional[frozenset[int]] = None
+
+    def has_living(self, group: int, since: float) -> bool:
+        """Whether a group has a living member, by a look that is fresh, and not from before a moment."""
+        with self._lock:
+            now = time.monotonic()
+            if self._looked_at < max(since, now - _GROUP_CHECK_SECONDS):
+                self._looked_at, self._groups = now, self._look()
+            return self._groups is None or group in self._groups
+
+    @staticmethod
+    def _look() -> Optional[frozenset[int]]:
+        try:
+            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+            groups = frozenset(map(_living_group, pids))
+        except OSError:
+            return None
+        return groups if pids else None
 
 
-def _is_living_member(pid: int, group: int) -> bool:
-    """Whether a process is in a group and no zombie: dead, and without another thread that lives (proc_pid_stat(5))."""
+def _living_group(pid: int) -> int:
+    """The group of a process; 0 if it has gone, or is a zombie without a thread that lives (proc_pid_stat(5))."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    state, its_group, threads = fields[0], int(fields[2]), int(fields[17])
-    return its_group == group and (state not in (b"Z", b"X") or threads > 1)
+        return 0
+    state, group, threads = fields[0], int(fields[2]), int(fields[17])
+    return 0 if state in (b"Z", b"X") and threads <= 1 else group
+
+
+_processes = _Processes()
 
 
 def _bytes_in_pipe(descriptor: int) -> int:

@@ -741,6 +741,20 @@ class Closings(ServerCase):
         self.assertLess(time.monotonic() - started, 0.5 + 1)
         self.assertFalse(any(map(is_alive, pids)))
 
+    def test_two_hundred_runs_that_leave_orphans_end_at_once_in_a_close(self) -> None:
+        server = self.serve({"x": "!sleep 300 & echo; wait"}, max_runs=200, grace_seconds=5.0)
+        clients = [self.connect(server) for _ in range(200)]
+        for client in clients:
+            client.get("/x")
+        for client in clients:
+            client.read_head()
+            client.read_chunk()
+        started = time.monotonic()
+        server.close()
+        self.assertLess(time.monotonic() - started, 4, "zombies that process 1 has not reaped yet are not waited for")
+        for client in clients:
+            client.sock.close()
+
     def test_a_client_that_does_not_read_does_not_hold_up_a_close(self) -> None:
         server = self.serve({"yes": "yes", "much": "head -c 9000000 /dev/zero"})
         for path in ("/yes", "/much"):
