@@ -94,7 +94,7 @@ import termios
 import threading
 import time
 import urllib.parse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Union
@@ -152,7 +152,6 @@ class Settings:
 # ---------------------------------------------------------------------------------------------
 # commands: what may run, and how a value from a URL becomes one argument of it. No I/O but the file
 
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _WORD = r"[A-Za-z0-9_.,:@%+=-]+"
 _TYPES = {"word": _WORD, "int": r"-?[0-9]+", "path": r"[A-Za-z0-9_.,:@%+=/-]+", "text": r"(?s:.*)"}
@@ -167,6 +166,7 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?=[}:=])")
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "mksh", "ash", "rbash", "csh", "tcsh", "fish"})
 _HIDDEN_ENVIRONMENT = re.compile(r"STREAMLOG_.*|LISTEN_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY")
 _PLAIN_TEXT = "text/plain; charset=utf-8"
+
 
 # A placeholder in a line that is being read: \0, its index, \0. No argument can hold a NUL, and shlex and the
 # shell scanner take one for an ordinary character, so that a placeholder's own text is never split or unquoted.
@@ -202,6 +202,24 @@ class Parameter:
         return ""
 
 
+def _make_parameter(name: str, type_: str, default: Optional[str]) -> Parameter:
+    if type_ in _TYPES:
+        pattern = _TYPES[type_]
+    elif _CHOICE.fullmatch(type_):
+        pattern = "|".join(map(re.escape, type_.split("|")))
+    elif re.fullmatch(r"[A-Za-z0-9_-]+", type_):
+        raise ConfigError(
+            f"parameter {name!r} has an unknown type: {type_!r}; known are {', '.join(_TYPES)}, "
+            f"choices such as on|off, and regular expressions (a literal brace is doubled: {{{{{name}...}}}})"
+        )
+    else:
+        pattern = type_
+    try:
+        return Parameter(name, type_, re.compile(pattern, re.ASCII), default)
+    except re.error as error:
+        raise ConfigError(f"parameter {name!r} has a bad regular expression: {error}: {type_!r}") from None
+
+
 def _parse_parameter(line: str, start: int, name: str) -> tuple[int, Parameter]:
     """Read the placeholder whose brace opens at `start`; return where it ends, and the parameter."""
     at = colon = start + 1 + len(name)
@@ -225,24 +243,6 @@ def _parse_parameter(line: str, start: int, name: str) -> tuple[int, Parameter]:
             in_class = char == "["
         at += 1
     raise ConfigError(f"placeholder '{{{name}' has no closing brace: write {{{{{name}}}}} if it is not one")
-
-
-def _make_parameter(name: str, type_: str, default: Optional[str]) -> Parameter:
-    if type_ in _TYPES:
-        pattern = _TYPES[type_]
-    elif _CHOICE.fullmatch(type_):
-        pattern = "|".join(map(re.escape, type_.split("|")))
-    elif re.fullmatch(r"[A-Za-z0-9_-]+", type_):
-        raise ConfigError(
-            f"parameter {name!r} has an unknown type: {type_!r}; known are {', '.join(_TYPES)}, "
-            f"choices such as on|off, and regular expressions (a literal brace is doubled: {{{{{name}...}}}})"
-        )
-    else:
-        pattern = type_
-    try:
-        return Parameter(name, type_, re.compile(pattern, re.ASCII), default)
-    except re.error as error:
-        raise ConfigError(f"parameter {name!r} has a bad regular expression: {error}: {type_!r}") from None
 
 
 def _mark_placeholders(line: str) -> tuple[str, list[Parameter]]:
@@ -303,6 +303,37 @@ _SHELL_CLOSES = {"(": ")", "((": ")", '"': '"', "'": "'"}
 _EXPANSIONS = {"(": '"${arg_%s}"', "((": "${arg_%s}", '"': "${arg_%s}", "'": "'\"${arg_%s}\"'"}
 
 
+_IN_SHELL_TEXT = "inside the script of a shell's -c would be read as shell text"
+
+
+def _check_place(parameter: Parameter, lost: str, context: str, before: str) -> None:
+    """Refuse a parameter whose value could fall apart, or be evaluated, where it stands in a script."""
+    if lost:
+        raise ConfigError(
+            f"parameter {parameter.name!r} comes behind {lost!r} in the script, where its quotes cannot be told: "
+            f'take it into a variable before, as in x={{{parameter.name}}}; ... "$x"'
+        )
+    if context == "((" and parameter.type != "int":
+        raise ConfigError(f"parameter {parameter.name!r} stands in arithmetic, which evaluates it: make it an int")
+    if _SHELL_C.search(before):
+        raise ConfigError(f'parameter {parameter.name!r} {_IN_SHELL_TEXT}: pass it behind the script, and use "$1"')
+
+
+def _follow(token: str, context: str, stack: list[str]) -> bool:
+    """Note what a token of a script opens or closes; False if the script cannot be followed any further."""
+    if stack and token == _SHELL_CLOSES[context]:
+        stack.pop()
+    elif token in ("$(", "$(("):
+        stack += ["(("] * 2 if token == "$((" else ["("]
+    elif context == "((" and token == "(":
+        stack.append("((")
+    elif context == "(" and token in ('"', "'", "("):
+        stack.append(token)
+    elif context == "(" and (token in ("<<", "$'") or (token == "case" and stack)):
+        return False
+    return token not in ("`", "${", "\\")
+
+
 def _shell_script(marked: str, found: Sequence[Parameter]) -> str:
     """Turn each mark of a script into an expansion that stays one word where it stands (sh(1), quoting).
 
@@ -333,37 +364,6 @@ def _shell_script(marked: str, found: Sequence[Parameter]) -> str:
         out.append(token)
 
 
-def _follow(token: str, context: str, stack: list[str]) -> bool:
-    """Note what a token of a script opens or closes; False if the script cannot be followed any further."""
-    if stack and token == _SHELL_CLOSES[context]:
-        stack.pop()
-    elif token in ("$(", "$(("):
-        stack += ["(("] * 2 if token == "$((" else ["("]
-    elif context == "((" and token == "(":
-        stack.append("((")
-    elif context == "(" and token in ('"', "'", "("):
-        stack.append(token)
-    elif context == "(" and (token in ("<<", "$'") or (token == "case" and stack)):
-        return False
-    return token not in ("`", "${", "\\")
-
-
-def _check_place(parameter: Parameter, lost: str, context: str, before: str) -> None:
-    """Refuse a parameter whose value could fall apart, or be evaluated, where it stands in a script."""
-    if lost:
-        raise ConfigError(
-            f"parameter {parameter.name!r} comes behind {lost!r} in the script, where its quotes cannot be told: "
-            f'take it into a variable before, as in x={{{parameter.name}}}; ... "$x"'
-        )
-    if context == "((" and parameter.type != "int":
-        raise ConfigError(f"parameter {parameter.name!r} stands in arithmetic, which evaluates it: make it an int")
-    if _SHELL_C.search(before):
-        raise ConfigError(f'parameter {parameter.name!r} {_IN_SHELL_TEXT}: pass it behind the script, and use "$1"')
-
-
-_IN_SHELL_TEXT = "inside the script of a shell's -c would be read as shell text"
-
-
 _Argument = tuple[Union[str, Parameter], ...]
 
 
@@ -377,6 +377,21 @@ def _split_arguments(marked: str, found: Sequence[Parameter]) -> tuple[_Argument
         tuple(found[int(part)] if at % 2 else part for at, part in enumerate(_MARK.split(word)) if part or at % 2)
         for word in words
     )
+
+
+def _script_argument(arguments: Sequence[_Argument]) -> _Argument:
+    """The script among a shell's arguments, if -c (or a cluster such as -ec) asks for one."""
+    has_c = takes_value = False
+    for argument in arguments:
+        text = str(argument[0]) if argument else ""
+        if takes_value:
+            takes_value = False
+        elif len(text) > 1 and text[0] in "-+":
+            has_c = has_c or bool(re.fullmatch(r"-[A-Za-z]*c[A-Za-z]*", text))
+            takes_value = text in ("--rcfile", "--init-file") or bool(re.match(r"[-+][A-Za-z]*[oO]", text))
+        else:
+            return argument if has_c else ()
+    return ()
 
 
 def _check_program(arguments: Sequence[_Argument]) -> None:
@@ -395,21 +410,6 @@ def _check_program(arguments: Sequence[_Argument]) -> None:
                 )
 
 
-def _script_argument(arguments: Sequence[_Argument]) -> _Argument:
-    """The script among a shell's arguments, if -c (or a cluster such as -ec) asks for one."""
-    has_c = takes_value = False
-    for argument in arguments:
-        text = str(argument[0]) if argument else ""
-        if takes_value:
-            takes_value = False
-        elif len(text) > 1 and text[0] in "-+":
-            has_c = has_c or bool(re.fullmatch(r"-[A-Za-z]*c[A-Za-z]*", text))
-            takes_value = text in ("--rcfile", "--init-file") or bool(re.match(r"[-+][A-Za-z]*[oO]", text))
-        else:
-            return argument if has_c else ()
-    return ()
-
-
 class Launch(NamedTuple):
     """One execution to be started: what subprocess needs to know."""
 
@@ -417,6 +417,11 @@ class Launch(NamedTuple):
     env: Mapping[str, str]
     cwd: Optional[str]
     stderr: str
+
+
+def _starts_word(marked: str, at: int) -> bool:
+    """Whether a shell's word begins here, as far as the text right before tells."""
+    return bool(re.search(r"(?:^|[\s<>;&|(])[\"']?$", marked[:at]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,18 +449,7 @@ class Command:
     _uses: Sequence[tuple[Parameter, bool]] = dataclasses.field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
-        for option, known in (("method", ("GET", "POST")), ("stderr", (None, "merge", "separate", "discard"))):
-            if getattr(self, option) not in known:
-                raise ConfigError(f"{option} must be {' or '.join(filter(None, known))}: {getattr(self, option)!r}")
-        if self.timeout is not None and not 0 <= self.timeout < math.inf:
-            raise ConfigError(f"timeout must be a number of seconds, or 0 for no limit: {self.timeout!r}")
-        if self.max is not None and self.max < 1:
-            raise ConfigError(f"max must be a whole number above 0: {self.max!r}")
-        if not re.fullmatch(r"[!-~]+/[!-~]+( *;[ -~]+)?", self.type):
-            raise ConfigError(f"type must be a Content-Type such as text/csv: {self.type!r}")
-        for name, value in self.env.items():
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
-                raise ConfigError(f"env must be NAME=value, one a line: {name!r}")
+        self._check_options()
         if not self.command.isascii() and any("\ud800" <= char <= "\udfff" for char in self.command):
             raise ConfigError(f"the command line must be UTF-8: {self.command!r}")
         marked, found = _mark_placeholders(self.command)
@@ -477,6 +471,20 @@ class Command:
         object.__setattr__(self, "parameters", MappingProxyType(named))
         object.__setattr__(self, "_arguments", arguments)
         object.__setattr__(self, "_uses", uses)
+
+    def _check_options(self) -> None:
+        for option, known in (("method", ("GET", "POST")), ("stderr", (None, "merge", "separate", "discard"))):
+            if getattr(self, option) not in known:
+                raise ConfigError(f"{option} must be {' or '.join(filter(None, known))}: {getattr(self, option)!r}")
+        if self.timeout is not None and not 0 <= self.timeout < math.inf:
+            raise ConfigError(f"timeout must be a number of seconds, or 0 for no limit: {self.timeout!r}")
+        if self.max is not None and self.max < 1:
+            raise ConfigError(f"max must be a whole number above 0: {self.max!r}")
+        if not re.fullmatch(r"[!-~]+/[!-~]+( *;[ -~]+)?", self.type):
+            raise ConfigError(f"type must be a Content-Type such as text/csv: {self.type!r}")
+        for name, value in self.env.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
+                raise ConfigError(f"env must be NAME=value, one a line: {name!r}")
 
     def _check_defaults(self, uses: Sequence[tuple[Parameter, bool]]) -> None:
         """Hold defaults and choices to the rules that the values from a URL are held to."""
@@ -532,11 +540,6 @@ class Command:
         problem = parameter.problem(value, starts_argument, self.is_shell)
         if problem:
             raise Error(f"parameter {parameter.name!r} of {name!r} {problem}: {value[:200]!r}")
-
-
-def _starts_word(marked: str, at: int) -> bool:
-    """Whether a shell's word begins here, as far as the text right before tells."""
-    return bool(re.search(r"(?:^|[\s<>;&|(])[\"']?$", marked[:at]))
 
 
 def _parse_variable(line: str) -> tuple[str, str]:
@@ -694,6 +697,7 @@ _FORM_BYTES = 64 * 1024
 _CHUNK_LINE_BYTES = 1024  # a chunk's size with its extensions
 _TRAILER_BYTES = 8 * 1024
 
+
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
 _STRAY_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
@@ -764,6 +768,55 @@ def _find_head(inbox: bytearray, seen: int = 0) -> int:
     if size > _HEAD_BYTES:
         raise Error(f"the request's head is longer than {_HEAD_BYTES} bytes: send fewer or shorter headers", 431)
     return end if end > 3 else 0
+
+
+def _parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
+    """Header lines by lower-case name; repeated ones are joined as lists (RFC 9110 section 5.3)."""
+    if len(lines) > _HEADER_COUNT:
+        raise Error(f"the request has more than {_HEADER_COUNT} headers", 431)
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = _HEADER_LINE.fullmatch(line)
+        if not match:
+            raise Error("a header line must be a name, a colon and a value")
+        name, value = match[1].decode("ascii").lower(), match[2].decode("latin-1").rstrip(" \t")
+        if name in headers and name in _SINGLE_HEADERS:
+            raise Error(f"the header {name} may be sent once only")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if "transfer-encoding" in headers:
+        if "content-length" in headers:
+            raise Error("a body has a Content-Length or comes in chunks, and not both")
+        if headers["transfer-encoding"].lower() != "chunked":
+            raise Error("the only transfer encoding that is taken is chunked", 501)
+    if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "0")):
+        raise Error("Content-Length must be a number")
+    return headers
+
+
+def _unquote(text: str) -> str:
+    """Percent-decode once, strictly (RFC 3986 section 2.1)."""
+    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise Error("a '%' in the URL must be followed by two hexadecimal digits")
+    try:
+        return urllib.parse.unquote_to_bytes(text).decode("utf-8")
+    except UnicodeDecodeError:
+        raise Error("the URL must be UTF-8, percent-encoded") from None
+
+
+def _parse_target(method: str, target: str) -> tuple[str, str, str]:
+    """The authority (empty but in absolute form), decoded path and raw query of a request target."""
+    authority = ""
+    if target == "*" and method == "OPTIONS":
+        return "", "*", ""
+    absolute = re.match(r"http://([^/?]+)(?=[/?]|$)", target, re.IGNORECASE)
+    if absolute:
+        authority, target = absolute[1], target[absolute.end() :] or "/"
+        if not _AUTHORITY.fullmatch(authority):
+            raise Error("the URL's host is malformed")
+    if not target.startswith("/") or "#" in target:
+        raise Error("the URL must be a path that begins with '/'")
+    path, _, query = target.partition("?")
+    return authority, _unquote(path), query
 
 
 def _parse_head(head: bytes) -> Request:
@@ -839,55 +892,6 @@ class _Chunks:
         self._is_in_trailers = size == 0
         self._left = size + 2 if size else None
         return True
-
-
-def _parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
-    """Header lines by lower-case name; repeated ones are joined as lists (RFC 9110 section 5.3)."""
-    if len(lines) > _HEADER_COUNT:
-        raise Error(f"the request has more than {_HEADER_COUNT} headers", 431)
-    headers: dict[str, str] = {}
-    for line in lines:
-        match = _HEADER_LINE.fullmatch(line)
-        if not match:
-            raise Error("a header line must be a name, a colon and a value")
-        name, value = match[1].decode("ascii").lower(), match[2].decode("latin-1").rstrip(" \t")
-        if name in headers and name in _SINGLE_HEADERS:
-            raise Error(f"the header {name} may be sent once only")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if "transfer-encoding" in headers:
-        if "content-length" in headers:
-            raise Error("a body has a Content-Length or comes in chunks, and not both")
-        if headers["transfer-encoding"].lower() != "chunked":
-            raise Error("the only transfer encoding that is taken is chunked", 501)
-    if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "0")):
-        raise Error("Content-Length must be a number")
-    return headers
-
-
-def _parse_target(method: str, target: str) -> tuple[str, str, str]:
-    """The authority (empty but in absolute form), decoded path and raw query of a request target."""
-    authority = ""
-    if target == "*" and method == "OPTIONS":
-        return "", "*", ""
-    absolute = re.match(r"http://([^/?]+)(?=[/?]|$)", target, re.IGNORECASE)
-    if absolute:
-        authority, target = absolute[1], target[absolute.end() :] or "/"
-        if not _AUTHORITY.fullmatch(authority):
-            raise Error("the URL's host is malformed")
-    if not target.startswith("/") or "#" in target:
-        raise Error("the URL must be a path that begins with '/'")
-    path, _, query = target.partition("?")
-    return authority, _unquote(path), query
-
-
-def _unquote(text: str) -> str:
-    """Percent-decode once, strictly (RFC 3986 section 2.1)."""
-    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
-        raise Error("a '%' in the URL must be followed by two hexadecimal digits")
-    try:
-        return urllib.parse.unquote_to_bytes(text).decode("utf-8")
-    except UnicodeDecodeError:
-        raise Error("the URL must be UTF-8, percent-encoded") from None
 
 
 def _parse_query(query: str) -> Iterator[tuple[str, str]]:
@@ -1134,6 +1138,10 @@ class Ndjson(_Lines):
         return json.dumps({**end, "seconds": round(outcome.seconds, 3), "reason": outcome.reason or "exit"}) + "\n"
 
 
+def _to_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
 class Sse(_Lines):
     """Server-sent events (WHATWG HTML, section 9.2). An id is the number of bytes of output up to there."""
 
@@ -1167,10 +1175,6 @@ class Sse(_Lines):
         return f"{stopped}event: exit\nid: {self._offset}\ndata: {outcome.exit_code}\n\n"
 
 
-def _to_bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
-
-
 # What is special to a terminal: ends of a line other than \n, escape sequences (ECMA-48) in their two spellings, and
 # the other control characters but tab. A sequence that never ends is cut short, and what remains of it is text.
 _CSI = f"(?:\x1b\\[|\x9b)([0-?]{{0,{_ESCAPE_CHARACTERS}}})([ -/]{{0,8}})([@-~])"
@@ -1202,6 +1206,24 @@ _CLASSIC = (
 )
 
 
+def _take_colour(codes: Optional[list[int]], groups: list[list[int]]) -> str:
+    """An extended colour: 5 and an index of 256, or 2 and red, green, blue; by default from the front of the groups."""
+    if codes is None:
+        kind = groups.pop(0)[0] if groups else 0
+        codes = [kind, *(group[0] for group in groups[: {2: 3, 5: 1}.get(kind, len(groups))])]
+        del groups[: len(codes) - 1]
+    if codes[0] == 2 and len(codes) == 4:
+        return "#" + bytes(min(level, 255) for level in codes[1:]).hex()
+    if codes[0] != 5 or len(codes) != 2 or codes[1] > 255:
+        return ""
+    index = codes[1]
+    if index < 16:
+        return str(index)
+    if index < 232:
+        return "#" + bytes(_LEVELS[(index - 16) // step % 6] for step in (36, 6, 1)).hex()
+    return "#" + bytes([8 + 10 * (index - 232)] * 3).hex()
+
+
 def _set_style(style: dict[str, str], parameters: str) -> None:
     """Act on the parameters of a Select Graphic Rendition sequence (ECMA-48 section 8.3.117; colours by ISO 8613-6)."""
     if not re.fullmatch(r"[0-9;:]*", parameters):  # xterm's own sequences, which only look like one
@@ -1224,22 +1246,8 @@ def _set_style(style: dict[str, str], parameters: str) -> None:
             style.pop(name, None)
 
 
-def _take_colour(codes: Optional[list[int]], groups: list[list[int]]) -> str:
-    """An extended colour: 5 and an index of 256, or 2 and red, green, blue; by default from the front of the groups."""
-    if codes is None:
-        kind = groups.pop(0)[0] if groups else 0
-        codes = [kind, *(group[0] for group in groups[: {2: 3, 5: 1}.get(kind, len(groups))])]
-        del groups[: len(codes) - 1]
-    if codes[0] == 2 and len(codes) == 4:
-        return "#" + bytes(min(level, 255) for level in codes[1:]).hex()
-    if codes[0] != 5 or len(codes) != 2 or codes[1] > 255:
-        return ""
-    index = codes[1]
-    if index < 16:
-        return str(index)
-    if index < 232:
-        return "#" + bytes(_LEVELS[(index - 16) // step % 6] for step in (36, 6, 1)).hex()
-    return "#" + bytes([8 + 10 * (index - 232)] * 3).hex()
+def _classic(colour: str) -> str:
+    return _CLASSIC[int(colour)] if colour.isdigit() else colour
 
 
 def _css(style: Mapping[str, str]) -> str:
@@ -1258,13 +1266,54 @@ def _css(style: Mapping[str, str]) -> str:
     return ";".join(filter(None, [*rules, lines and f"text-decoration:{lines}"]))
 
 
-def _classic(colour: str) -> str:
-    return _CLASSIC[int(colour)] if colour.isdigit() else colour
-
-
 def _fill(template: str, parts: Mapping[str, str]) -> str:
     """Replace words of a template, all at once, so that no part is looked into for the others."""
     return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)
+
+
+# Colours of a terminal, dark enough on light and light enough on dark.
+_COLOURS = """
+:root { color-scheme: light dark; --page: #fff; --text: #1a1a1a; --soft: #666; --line: #d8d8d8; --accent: #0b57d0;
+  --c0: #000; --c1: #b3261e; --c2: #146c2e; --c3: #7a5900; --c4: #0b57d0; --c5: #8430ce; --c6: #00687a; --c7: #767676;
+  --c8: #555; --c9: #dc362e; --c10: #198639; --c11: #946f00; --c12: #1b6ef3; --c13: #a142f4; --c14: #00818f;
+  --c15: #999 }
+@media (prefers-color-scheme: dark) { :root { --page: #16181c; --text: #e3e3e3; --soft: #9a9a9a; --line: #3a3d43;
+  --accent: #a8c7fa;
+  --c0: #6b6b6b; --c1: #f2857d; --c2: #6dd58c; --c3: #e0b94f; --c4: #7cacf8; --c5: #d1a3ff; --c6: #4fd8eb;
+  --c7: #c7c7c7; --c8: #8f8f8f; --c9: #ffb4ab; --c10: #98f0af; --c11: #ffd97a; --c12: #b3cdff; --c13: #e6c8ff;
+  --c14: #9aefff; --c15: #fff } }
+"""
+# The view is a reversed column: its scroll position counts from the end, so it follows what comes, until the reader
+# scrolls up. On the body itself the upper part could not be scrolled to.
+_VIEW_STYLE = """
+body { margin: 0; height: 100vh; height: 100dvh; display: flex; flex-direction: column; background: var(--page);
+  color: var(--text); font: .85rem/1.4 ui-monospace, monospace }
+header { padding: .4rem 1ch; border-bottom: 1px solid var(--line); color: var(--soft) }
+h1 { font-size: 1em; margin: 0; color: var(--text); white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
+header p { margin: 0; font-family: system-ui, sans-serif; font-size: .8rem }
+@media (max-height: 30rem) { header p { display: none } }
+main { flex: 1; min-height: 0; overflow: auto; display: flex; flex-direction: column-reverse }
+main > div { margin-bottom: auto; padding: .3rem 0; counter-reset: line }
+samp { display: block; font: inherit; padding: 0 1ch 0 8ch; text-indent: -8ch; white-space: pre-wrap;
+  overflow-wrap: anywhere; min-height: 1.4em; tab-size: 8 }
+samp::before { counter-increment: line; content: counter(line); display: inline-block; width: 6ch; text-indent: 0;
+  margin-right: 2ch; text-align: right; color: var(--soft); user-select: none }
+samp.n::before { counter-increment: none; content: "" }
+samp.n { color: var(--soft) }
+samp.e { color: var(--c1) }
+samp:has(+ .r), samp.z { display: none }
+time { color: var(--soft) }
+"""
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>STYLE</style></head>
+<body><header><h1 title="TITLE">TITLE</h1>
+<p>Each line is shown as it comes, standard error in its own colour. The view follows the newest line; scroll up and
+it stays where you are, scroll to the end and it follows again. Leaving this page, or pressing Stop in the browser,
+ends the command.</p></header>
+<main tabindex="0" aria-label="Output"><div><div>
+"""
 
 
 class Html(Format):
@@ -1402,49 +1451,6 @@ class Html(Format):
         return closed
 
 
-# Colours of a terminal, dark enough on light and light enough on dark.
-_COLOURS = """
-:root { color-scheme: light dark; --page: #fff; --text: #1a1a1a; --soft: #666; --line: #d8d8d8; --accent: #0b57d0;
-  --c0: #000; --c1: #b3261e; --c2: #146c2e; --c3: #7a5900; --c4: #0b57d0; --c5: #8430ce; --c6: #00687a; --c7: #767676;
-  --c8: #555; --c9: #dc362e; --c10: #198639; --c11: #946f00; --c12: #1b6ef3; --c13: #a142f4; --c14: #00818f;
-  --c15: #999 }
-@media (prefers-color-scheme: dark) { :root { --page: #16181c; --text: #e3e3e3; --soft: #9a9a9a; --line: #3a3d43;
-  --accent: #a8c7fa;
-  --c0: #6b6b6b; --c1: #f2857d; --c2: #6dd58c; --c3: #e0b94f; --c4: #7cacf8; --c5: #d1a3ff; --c6: #4fd8eb;
-  --c7: #c7c7c7; --c8: #8f8f8f; --c9: #ffb4ab; --c10: #98f0af; --c11: #ffd97a; --c12: #b3cdff; --c13: #e6c8ff;
-  --c14: #9aefff; --c15: #fff } }
-"""
-# The view is a reversed column: its scroll position counts from the end, so it follows what comes, until the reader
-# scrolls up. On the body itself the upper part could not be scrolled to.
-_VIEW_STYLE = """
-body { margin: 0; height: 100vh; height: 100dvh; display: flex; flex-direction: column; background: var(--page);
-  color: var(--text); font: .85rem/1.4 ui-monospace, monospace }
-header { padding: .4rem 1ch; border-bottom: 1px solid var(--line); color: var(--soft) }
-h1 { font-size: 1em; margin: 0; color: var(--text); white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
-header p { margin: 0; font-family: system-ui, sans-serif; font-size: .8rem }
-@media (max-height: 30rem) { header p { display: none } }
-main { flex: 1; min-height: 0; overflow: auto; display: flex; flex-direction: column-reverse }
-main > div { margin-bottom: auto; padding: .3rem 0; counter-reset: line }
-samp { display: block; font: inherit; padding: 0 1ch 0 8ch; text-indent: -8ch; white-space: pre-wrap;
-  overflow-wrap: anywhere; min-height: 1.4em; tab-size: 8 }
-samp::before { counter-increment: line; content: counter(line); display: inline-block; width: 6ch; text-indent: 0;
-  margin-right: 2ch; text-align: right; color: var(--soft); user-select: none }
-samp.n::before { counter-increment: none; content: "" }
-samp.n { color: var(--soft) }
-samp.e { color: var(--c1) }
-samp:has(+ .r), samp.z { display: none }
-time { color: var(--soft) }
-"""
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>STYLE</style></head>
-<body><header><h1 title="TITLE">TITLE</h1>
-<p>Each line is shown as it comes, standard error in its own colour. The view follows the newest line; scroll up and
-it stays where you are, scroll to the end and it follows again. Leaving this page, or pressing Stop in the browser,
-ends the command.</p></header>
-<main tabindex="0" aria-label="Output"><div><div>
-"""
 _FORMATS: Mapping[str, tuple[type[Format], str]] = {
     "text": (Text, _PLAIN_TEXT),
     "html": (Html, "text/html; charset=utf-8"),
@@ -1458,13 +1464,16 @@ _FORMATS: Mapping[str, tuple[type[Format], str]] = {
 
 _SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", 1031 if sys.platform == "linux" else None)
 
+
 # How long a process may take to be gone after SIGKILL (it can be stuck in the kernel, on a dead network disk)
 # before its run is given up, and how often a group whose leader has gone is looked at: nothing tells of that by event.
 _ABANDON_SECONDS = 2.0
 _GROUP_CHECK_SECONDS = 0.05
 _GROUP_CHECK_MAX_SECONDS = 0.4
 
+
 _POLL_MAX_MILLISECONDS = 2**31 - 1  # a C int: callers look at the clock again
+
 
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
 
@@ -1478,6 +1487,20 @@ def _poll(watched: Mapping[int, int], deadline: float = math.inf) -> dict[int, i
         return dict(poller.poll())
     milliseconds = (deadline - time.monotonic()) * 1000
     return dict(poller.poll(max(0, math.ceil(min(milliseconds, _POLL_MAX_MILLISECONDS)))))
+
+
+def _shortage(error: OSError) -> Error:
+    return Error(f"the machine is short of resources ({error.strerror}): try again later", 503, {"Retry-After": "1"})
+
+
+def _start_error(launch: Launch, error: Exception) -> Error:
+    if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        return _shortage(error)
+    where = f" in {launch.cwd!r}" if launch.cwd is not None else ""
+    why = error.strerror if isinstance(error, OSError) else error  # a ValueError: the locale cannot encode a value
+    if isinstance(error, OSError) and error.errno == errno.ENOEXEC:
+        why = f"{why} (a script needs a #! line)"
+    return Error(f"cannot start {launch.argv[0]!r}{where}: {why}", 500)
 
 
 def _spawn(launch: Launch) -> tuple[subprocess.Popen[bytes], dict[int, str]]:
@@ -1512,32 +1535,6 @@ def _spawn(launch: Launch) -> tuple[subprocess.Popen[bytes], dict[int, str]]:
     return process, outputs
 
 
-def _start_error(launch: Launch, error: Exception) -> Error:
-    if isinstance(error, OSError) and error.errno in _SHORTAGES:
-        return _shortage(error)
-    where = f" in {launch.cwd!r}" if launch.cwd is not None else ""
-    why = error.strerror if isinstance(error, OSError) else error  # a ValueError: the locale cannot encode a value
-    if isinstance(error, OSError) and error.errno == errno.ENOEXEC:
-        why = f"{why} (a script needs a #! line)"
-    return Error(f"cannot start {launch.argv[0]!r}{where}: {why}", 500)
-
-
-def _shortage(error: OSError) -> Error:
-    return Error(f"the machine is short of resources ({error.strerror}): try again later", 503, {"Retry-After": "1"})
-
-
-def _watch_exit(pid: int) -> int:
-    """A descriptor that turns readable when a child exits, and leaves the child to be reaped."""
-    if hasattr(select, "kqueue"):  # macOS and the BSDs, kqueue(2): a queue can itself be polled
-        return _watch_exit_by_kqueue(pid)
-    try:
-        return os.pidfd_open(pid)
-    except (AttributeError, OSError) as error:  # pidfd_open(2) is of Linux 5.3, and may be filtered in a container
-        if isinstance(error, OSError) and error.errno in _SHORTAGES:
-            raise
-        return _watch_exit_by_thread(pid)
-
-
 def _watch_exit_by_kqueue(pid: int) -> int:  # pragma: no cover (not on Linux)
     with contextlib.closing(select.kqueue()) as queue:  # type: ignore[attr-defined,unused-ignore]
         event = select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)  # type: ignore[attr-defined,unused-ignore]
@@ -1565,7 +1562,69 @@ def _watch_exit_by_thread(pid: int) -> int:
     return reader
 
 
+def _watch_exit(pid: int) -> int:
+    """A descriptor that turns readable when a child exits, and leaves the child to be reaped."""
+    if hasattr(select, "kqueue"):  # macOS and the BSDs, kqueue(2): a queue can itself be polled
+        return _watch_exit_by_kqueue(pid)
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError) as error:  # pidfd_open(2) is of Linux 5.3, and may be filtered in a container
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+            raise
+        return _watch_exit_by_thread(pid)
+
+
 _Release = Callable[[], None]
+
+
+def _bytes_in_pipe(descriptor: int) -> int:
+    return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))[0])
+
+
+def _living_group(pid: int) -> int:
+    """The group of a process; 0 if it has gone, or is a zombie without a thread that lives (proc_pid_stat(5))."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    state, group, threads = fields[0], int(fields[2]), int(fields[17])
+    return 0 if state in (b"Z", b"X") and threads <= 1 else group
+
+
+class _Processes:
+    """Which process groups have members that live: one look at /proc serves all the runs that end at a time.
+
+    An orphan's zombie is its group's until process 1 reaps it, which takes seconds in some containers, or for ever.
+    What cannot be read is taken for living; without a /proc, as on macOS, kill(2) does not count zombies anyway.
+    """
+
+    def __init__(self) -> None:
+        self._lock = (
+            threading.Lock()
+        )  # guards the rest, and lets one thread look while the others wait for what it sees
+        self._looked_at = -math.inf
+        self._groups: Optional[frozenset[int]] = None
+
+    def has_living(self, group: int, since: float) -> bool:
+        """Whether a group has a living member, by a look that is fresh, and not from before a moment."""
+        with self._lock:
+            now = time.monotonic()
+            if self._looked_at < max(since, now - _GROUP_CHECK_SECONDS):
+                self._looked_at, self._groups = now, self._look()
+            return self._groups is None or group in self._groups
+
+    @staticmethod
+    def _look() -> Optional[frozenset[int]]:
+        try:
+            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+            groups = frozenset(map(_living_group, pids))
+        except OSError:
+            return None
+        return groups if pids else None
+
+
+_processes = _Processes()
 
 
 class Run:
@@ -1812,59 +1871,8 @@ class Run:
         del self.outputs[descriptor]
 
 
-class _Processes:
-    """Which process groups have members that live: one look at /proc serves all the runs that end at a time.
-
-    An orphan's zombie is its group's until process 1 reaps it, which takes seconds in some containers, or for ever.
-    What cannot be read is taken for living; without a /proc, as on macOS, kill(2) does not count zombies anyway.
-    """
-
-    def __init__(self) -> None:
-        self._lock = (
-            threading.Lock()
-        )  # guards the rest, and lets one thread look while the others wait for what it sees
-        self._looked_at = -math.inf
-        self._groups: Optional[frozenset[int]] = None
-
-    def has_living(self, group: int, since: float) -> bool:
-        """Whether a group has a living member, by a look that is fresh, and not from before a moment."""
-        with self._lock:
-            now = time.monotonic()
-            if self._looked_at < max(since, now - _GROUP_CHECK_SECONDS):
-                self._looked_at, self._groups = now, self._look()
-            return self._groups is None or group in self._groups
-
-    @staticmethod
-    def _look() -> Optional[frozenset[int]]:
-        try:
-            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-            groups = frozenset(map(_living_group, pids))
-        except OSError:
-            return None
-        return groups if pids else None
-
-
-def _living_group(pid: int) -> int:
-    """The group of a process; 0 if it has gone, or is a zombie without a thread that lives (proc_pid_stat(5))."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    state, group, threads = fields[0], int(fields[2]), int(fields[17])
-    return 0 if state in (b"Z", b"X") and threads <= 1 else group
-
-
-_processes = _Processes()
-
-
-def _bytes_in_pipe(descriptor: int) -> int:
-    return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))[0])
-
-
 # ---------------------------------------------------------------------------------------------
 # access: who may. A request passes before anything is looked up or run on its behalf
-
 
 # What a browser says of a request that nobody has asked for yet: it fetches a page ahead, in case it is.
 _AHEAD_HEADERS = ("sec-purpose", "purpose", "x-purpose", "x-moz")
@@ -2005,232 +2013,6 @@ def _curl_line(url: str, name: str, command: Command, has_token: bool) -> str:
     return line.replace("curl -N", 'curl -N -u ":$STREAMLOG_TOKEN"', 1) if has_token else line
 
 
-class Site:
-    """The commands behind their URLs, and the slots that bound how many of them run at a time."""
-
-    def __init__(self, commands: Mapping[str, Command], settings: Settings, is_local: bool) -> None:
-        self._commands = dict(commands)
-        self._settings = settings
-        self.access = Access(settings, is_local)
-        self._lock = threading.Lock()  # guards the slots
-        self._runs: Counter[str] = Counter()
-        self._ended: Counter[tuple[str, str]] = Counter()  # runs, by name and kind of end
-        self._bytes: Counter[str] = Counter()
-        self._seconds: Counter[str] = Counter()
-        self.count_clients: Callable[[], int] = lambda: 0  # told by whoever has them
-        self._pages: Mapping[str, Callable[[Request], Reply]] = {
-            "*": lambda _: Reply(204, {}),
-            "/": self._index,
-            "/-/healthy": lambda _: _text_reply("ok"),
-            "/-/metrics": lambda _: Reply(200, {"Content-Type": _METRICS_TYPE}, self._metrics().encode()),
-            "/-/idle": lambda _: _page_reply(_IDLE, _COLOURS + _IDLE_STYLE),
-            "/favicon.ico": lambda _: Reply(204, {}),  # browsers ask for it unasked, and complain of a 404
-            "/robots.txt": lambda _: _text_reply("User-agent: *\nDisallow: /\n"),
-        }
-
-    def answer(self, request: Request, read_body: Callable[[int], bytes]) -> Reply:
-        """Answer a request. Raises Error for what is refused; nothing has been run then.
-
-        read_body(limit) gives the request's body, read only once all else has been found right; a longer one
-        than the limit is an Error.
-        """
-        self.access.check(request)
-        command = self._commands.get(request.path[1:])
-        page = None if command else self._pages.get(request.path)
-        if command is None and page is None:
-            names = ", ".join(self._commands) or "(none)"
-            raise Error(f"there is nothing at {request.path[:200]!r}; the commands are: {names}", 404)
-        methods = ("OPTIONS", "POST") if command and command.method == "POST" else _SAFE_METHODS
-        if request.method not in methods:
-            allow = ", ".join(methods)
-            raise Error(f"{request.path} takes {allow}, not {request.method[:200]}", 405, {"Allow": allow})
-        if request.headers.get("expect", "100-continue").lower() != "100-continue":
-            raise Error("the only expectation that can be met is 100-continue", 417)
-        if request.has_body and request.method != "POST":
-            raise Error(f"a {request.method} request takes no body: put parameters into the URL's query")
-        if request.method == "OPTIONS":
-            return Reply(204, {"Allow": ", ".join(methods)})
-        if page is not None:
-            return page(request)
-        assert command is not None
-        return self._run(request.path[1:], command, request, read_body)
-
-    def _run(self, name: str, command: Command, request: Request, read_body: Callable[[int], bytes]) -> Reply:
-        fields = list(_parse_query(request.query))
-        if request.has_body:
-            fields += _parse_form(request, read_body)
-        values, given = self._sort_fields(name, command, fields)
-        options = _read_options(command, request, given)._replace(title=f"{name}: {command.command}")
-        launch = command.bind(name, values, stderr="merge" if options.format == "text" else "separate")
-        class_, type_ = _FORMATS[options.format]
-        headers = {"Content-Type": type_ if command.is_plain_text else command.type, "Vary": "Accept"}
-        if options.format == "html":
-            headers["Content-Security-Policy"] = _VIEW_POLICY
-        if options.format == "sse" and "last-event-id" in request.headers:
-            # A reconnect of an EventSource: its run has ended with its connection, and it must not start another.
-            return Reply(204, headers)
-        if request.method == "HEAD":
-            return Reply(200, headers)
-        timeout = self._settings.timeout_seconds if command.timeout is None else command.timeout
-        self._take_slot(name, command)
-        try:
-            run = Run(launch, self._settings, timeout, lambda: self._free_slot(name))
-        except BaseException:
-            self._free_slot(name)
-            with self._lock:
-                self._ended[name, "not_started"] += 1
-            raise
-        _log.debug(
-            "started %s as %d: %s",
-            name,
-            run.pid,
-            _printable(f"{shlex.join(launch.argv)} {values}".encode(errors="replace")),
-        )
-        format_ = class_(options) if command.is_plain_text else Format()
-        return Reply(200, headers, run=run, format=format_, name=name)
-
-    @staticmethod
-    def _sort_fields(
-        name: str, command: Command, fields: Sequence[tuple[str, str]]
-    ) -> tuple[dict[str, str], dict[str, str]]:
-        """Part the fields of a request into the command's parameters and the server's own options."""
-        values: dict[str, str] = {}
-        options: dict[str, str] = {}
-        for key, value in fields:
-            target = values if key in command.parameters else options
-            if key in target:
-                raise Error(f"parameter {key[:200]!r} of {name!r} is given twice")
-            if target is options and key not in _SERVER_OPTIONS:
-                known = ", ".join([*command.parameters, *_SERVER_OPTIONS])
-                raise Error(f"{name!r} has no parameter {key[:200]!r}; known are: {known}")
-            target[key] = value
-        return values, options
-
-    def _take_slot(self, name: str, command: Command) -> None:
-        with self._lock:
-            if sum(self._runs.values()) >= self._settings.max_runs:
-                raise _busy(f"{self._settings.max_runs} of {self._settings.max_runs} runs are going on")
-            if command.max is not None and self._runs[name] >= command.max:
-                raise _busy(f"{command.max} of {command.max} runs of {name!r} are going on")
-            self._runs[name] += 1
-
-    def _free_slot(self, name: str) -> None:
-        with self._lock:
-            self._runs[name] -= 1
-
-    def record(self, name: str, outcome: Outcome, sent_bytes: int) -> None:
-        """Count a run that has ended, for the metrics."""
-        with self._lock:
-            self._ended[name, outcome.kind] += 1
-            self._bytes[name] += sent_bytes
-            self._seconds[name] += outcome.seconds  # type: ignore[assignment]  # a Counter of seconds counts on
-
-    def _metrics(self) -> str:
-        """What has been counted, in Prometheus' text format (version 0.0.4)."""
-        with self._lock:
-            families = (
-                ("runs_total", "counter", "Runs that have ended.", self._ended),
-                ("runs_active", "gauge", "Runs that are going on.", self._runs),
-                ("output_bytes_total", "counter", "Bytes of answers of runs.", self._bytes),
-                ("run_seconds_total", "counter", "Time that runs have taken.", self._seconds),
-            )
-            lines = []
-            for name, type_, about, counts in families:
-                lines += [f"# HELP streamlog_{name} {about}", f"# TYPE streamlog_{name} {type_}"]
-                for key, count in sorted(counts.items()):
-                    labels = zip(("command", "outcome"), key if isinstance(key, tuple) else (key,))
-                    written = ",".join(f'{label}="{value}"' for label, value in labels)
-                    lines.append(f"streamlog_{name}{{{written}}} {count:.10g}")
-        lines += ["# HELP streamlog_clients Connections that are open.", "# TYPE streamlog_clients gauge"]
-        return "\n".join([*lines, f"streamlog_clients {self.count_clients()}", ""])
-
-    def _index(self, request: Request) -> Reply:
-        url, has_token = f"http://{request.authority}", bool(self._settings.token)
-        headers = {"Vary": "Accept"}
-        if "text/html" in request.accepted:
-            return _index_page(url, self._commands, has_token)
-        if "application/json" in request.accepted:
-            headers["Content-Type"] = "application/json"
-            return Reply(200, headers, _index_json(url, self._commands).encode())
-        return _text_reply(_index_text(url, self._commands, has_token), headers=headers)
-
-
-def _read_options(command: Command, request: Request, given: Mapping[str, str]) -> Options:
-    """What the request says of its output: by the server's own options, or else by its Accept header."""
-    if given.get("format", "text") not in _FORMATS:
-        raise Error(f"parameter 'format' must be {', '.join(_FORMATS)}: {given['format'][:200]!r}")
-    if not command.is_plain_text and given.get("format", "text") != "text":
-        raise Error(f"parameter 'format' is of no use: the output is {command.type} as it is")
-    for switch in ("footer", "timestamps"):
-        if given.get(switch, "1") not in ("", "0", "1"):
-            raise Error(f"parameter {switch!r} must be 0 or 1: {given[switch][:200]!r}")
-    heartbeat = given.get("heartbeat", "")
-    if "heartbeat" in given and not re.fullmatch(r"[1-9][0-9]{0,4}|0\.[1-9]", heartbeat):
-        raise Error(f"parameter 'heartbeat' must be seconds, from 0.1 to 99999: {heartbeat[:200]!r}")
-    format_ = given.get("format") or (_negotiate(request.accepted) if command.is_plain_text else "text")
-    # A person wants to see the end; to a program the output is whole without a line of ours.
-    notes = "always" if "text/html" in request.accepted else "cut"
-    if "footer" in given:
-        notes = "never" if given["footer"] == "0" else "always"
-    return Options(format_, notes, given.get("timestamps", "0") != "0", float(heartbeat or "inf"))
-
-
-def _negotiate(accepted: Mapping[str, float]) -> str:
-    """The format for an Accept header. A browser's navigation admits anything, and gets text, as curl does."""
-    plain = accepted.get("text/plain", 0)
-    for format_, types in (("sse", {"text/event-stream"}), ("ndjson", _NDJSON_TYPES)):
-        if any(accepted.get(type_, 0) >= (plain or 0.001) for type_ in types):
-            return format_
-    return "html" if "text/html" in accepted and not accepted.keys() & {"text/plain", "text/*", "*/*"} else "text"
-
-
-def _busy(what: str) -> Error:
-    return Error(f"{what}: try again when one has ended", 503, {"Retry-After": "1"})
-
-
-def _parse_form(request: Request, read_body: Callable[[int], bytes]) -> Iterator[tuple[str, str]]:
-    type_ = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if type_ != "application/x-www-form-urlencoded":
-        raise Error("the body must be a form (application/x-www-form-urlencoded), as curl -d sends it", 415)
-    try:
-        return _parse_query(read_body(_FORM_BYTES).decode("utf-8"))
-    except UnicodeDecodeError:
-        raise Error("the form must be UTF-8") from None
-
-
-def _index_text(url: str, commands: Mapping[str, Command], has_token: bool) -> str:
-    """The commands as lines for a shell, each under its description."""
-    lines = [f"# streamlog {__version__} on {socket.gethostname()}: each line runs a command\n"]
-    for name, command in commands.items():
-        lines.append(f"# {command.about or command.command}\n{_curl_line(url, name, command, has_token)}\n")
-    return "\n".join(lines)
-
-
-def _index_json(url: str, commands: Mapping[str, Command]) -> str:
-    """The commands as {"commands": [{name, about, method, url, command, parameters: [{name, type, ...}]}]}."""
-    described = [
-        {
-            "name": name,
-            "about": command.about,
-            "method": command.method,
-            "url": f"{url}/{name}",
-            "command": command.command,
-            "parameters": [
-                {
-                    "name": parameter.name,
-                    "type": parameter.type,
-                    "choices": parameter.choices,
-                    "default": parameter.default,
-                    "required": parameter.default is None,
-                }
-                for parameter in command.parameters.values()
-            ],
-        }
-        for name, command in commands.items()
-    ]
-    return json.dumps({"commands": described}, indent=1) + "\n"
-
-
 # Output may set styles of its own by escape sequences, and nothing else; the index page has the style that it was
 # sent with, told by its hash, and forms and a frame of this server's.
 _VIEW_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
@@ -2310,25 +2092,65 @@ def _page_reply(template: str, style: str, parts: Mapping[str, str] = MappingPro
     return Reply(200, headers, _fill(template, {"STYLE": style, **parts}).encode())
 
 
-def _index_page(url: str, commands: Mapping[str, Command], has_token: bool) -> Reply:
-    """The commands as a page: a form for each and a frame for the output, without a script."""
-    sections = [
-        _fill(
-            _COMMAND,
-            {
-                "NAME": name,
-                "POST": '<span class="post">POST</span>' if command.method == "POST" else "",
-                "ABOUT": html.escape(command.about),
-                "LINE": html.escape(command.command),
-                "METHOD": command.method.lower(),
-                "FIELDS": "\n".join(_form_fields(command)),
-                "CURL": html.escape(_curl_line(url, name, command, has_token)),
-            },
-        )
-        for name, command in commands.items()
-    ]
-    parts = {"HOST": html.escape(socket.gethostname()), "COMMANDS": "".join(sections)}
-    return _page_reply(_INDEX, _COLOURS + _INDEX_STYLE, parts)
+def _parse_form(request: Request, read_body: Callable[[int], bytes]) -> Iterator[tuple[str, str]]:
+    type_ = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if type_ != "application/x-www-form-urlencoded":
+        raise Error("the body must be a form (application/x-www-form-urlencoded), as curl -d sends it", 415)
+    try:
+        return _parse_query(read_body(_FORM_BYTES).decode("utf-8"))
+    except UnicodeDecodeError:
+        raise Error("the form must be UTF-8") from None
+
+
+def _negotiate(accepted: Mapping[str, float]) -> str:
+    """The format for an Accept header. A browser's navigation admits anything, and gets text, as curl does."""
+    plain = accepted.get("text/plain", 0)
+    for format_, types in (("sse", {"text/event-stream"}), ("ndjson", _NDJSON_TYPES)):
+        if any(accepted.get(type_, 0) >= (plain or 0.001) for type_ in types):
+            return format_
+    return "html" if "text/html" in accepted and not accepted.keys() & {"text/plain", "text/*", "*/*"} else "text"
+
+
+def _read_options(command: Command, request: Request, given: Mapping[str, str]) -> Options:
+    """What the request says of its output: by the server's own options, or else by its Accept header."""
+    if given.get("format", "text") not in _FORMATS:
+        raise Error(f"parameter 'format' must be {', '.join(_FORMATS)}: {given['format'][:200]!r}")
+    if not command.is_plain_text and given.get("format", "text") != "text":
+        raise Error(f"parameter 'format' is of no use: the output is {command.type} as it is")
+    for switch in ("footer", "timestamps"):
+        if given.get(switch, "1") not in ("", "0", "1"):
+            raise Error(f"parameter {switch!r} must be 0 or 1: {given[switch][:200]!r}")
+    heartbeat = given.get("heartbeat", "")
+    if "heartbeat" in given and not re.fullmatch(r"[1-9][0-9]{0,4}|0\.[1-9]", heartbeat):
+        raise Error(f"parameter 'heartbeat' must be seconds, from 0.1 to 99999: {heartbeat[:200]!r}")
+    format_ = given.get("format") or (_negotiate(request.accepted) if command.is_plain_text else "text")
+    # A person wants to see the end; to a program the output is whole without a line of ours.
+    notes = "always" if "text/html" in request.accepted else "cut"
+    if "footer" in given:
+        notes = "never" if given["footer"] == "0" else "always"
+    return Options(format_, notes, given.get("timestamps", "0") != "0", float(heartbeat or "inf"))
+
+
+def _busy(what: str) -> Error:
+    return Error(f"{what}: try again when one has ended", 503, {"Retry-After": "1"})
+
+
+# A regular expression that means the same to Python and to a browser, which reads it with the flag v: sets, escapes,
+# groups and repetitions. Not: possessive repetitions, doubled punctuation in a set, negated escapes, lookaround.
+_COMMON_PATTERN = re.compile(
+    r"(?:\[\^?(?:[A-Za-z0-9]-[A-Za-z0-9]|\\[dw./|()\[\]{}\\-]|([_.,:;@%+= *?^$~#!<>])(?!\1)|[A-Za-z0-9\"'])+\]"
+    r"|\\[dw./|()\[\]{}\\+*?^$-]|[A-Za-z0-9_,:;@%= ~#!\"<>'&.|-]|\((?:\?:|(?!\?))|\)|[*+?](?![+*?])"
+    r"|\{[0-9]{1,3}(?:,[0-9]{0,3})?\}(?![+*?]))*"
+)
+
+
+def _browser_pattern(parameter: Parameter) -> str:
+    """The parameter's pattern for a form; empty where a browser might read it in another way."""
+    pattern = {"word": r"[A-Za-z0-9_.,:@%+=\-]+", "path": r"[A-Za-z0-9_.,:@%+=\/\-]+"}.get(
+        parameter.type, parameter.type
+    )
+    is_common = parameter.type not in ("int", "text") and _COMMON_PATTERN.fullmatch(pattern)
+    return pattern if is_common else ""
 
 
 def _form_fields(command: Command) -> Iterator[str]:
@@ -2356,22 +2178,207 @@ def _form_fields(command: Command) -> Iterator[str]:
             yield f"<label>{name}<input {written}{required}></label>"
 
 
-# A regular expression that means the same to Python and to a browser, which reads it with the flag v: sets, escapes,
-# groups and repetitions. Not: possessive repetitions, doubled punctuation in a set, negated escapes, lookaround.
-_COMMON_PATTERN = re.compile(
-    r"(?:\[\^?(?:[A-Za-z0-9]-[A-Za-z0-9]|\\[dw./|()\[\]{}\\-]|([_.,:;@%+= *?^$~#!<>])(?!\1)|[A-Za-z0-9\"'])+\]"
-    r"|\\[dw./|()\[\]{}\\+*?^$-]|[A-Za-z0-9_,:;@%= ~#!\"<>'&.|-]|\((?:\?:|(?!\?))|\)|[*+?](?![+*?])"
-    r"|\{[0-9]{1,3}(?:,[0-9]{0,3})?\}(?![+*?]))*"
-)
+def _index_page(url: str, commands: Mapping[str, Command], has_token: bool) -> Reply:
+    """The commands as a page: a form for each and a frame for the output, without a script."""
+    sections = [
+        _fill(
+            _COMMAND,
+            {
+                "NAME": name,
+                "POST": '<span class="post">POST</span>' if command.method == "POST" else "",
+                "ABOUT": html.escape(command.about),
+                "LINE": html.escape(command.command),
+                "METHOD": command.method.lower(),
+                "FIELDS": "\n".join(_form_fields(command)),
+                "CURL": html.escape(_curl_line(url, name, command, has_token)),
+            },
+        )
+        for name, command in commands.items()
+    ]
+    parts = {"HOST": html.escape(socket.gethostname()), "COMMANDS": "".join(sections)}
+    return _page_reply(_INDEX, _COLOURS + _INDEX_STYLE, parts)
 
 
-def _browser_pattern(parameter: Parameter) -> str:
-    """The parameter's pattern for a form; empty where a browser might read it in another way."""
-    pattern = {"word": r"[A-Za-z0-9_.,:@%+=\-]+", "path": r"[A-Za-z0-9_.,:@%+=\/\-]+"}.get(
-        parameter.type, parameter.type
-    )
-    is_common = parameter.type not in ("int", "text") and _COMMON_PATTERN.fullmatch(pattern)
-    return pattern if is_common else ""
+def _index_json(url: str, commands: Mapping[str, Command]) -> str:
+    """The commands as {"commands": [{name, about, method, url, command, parameters: [{name, type, ...}]}]}."""
+    described = [
+        {
+            "name": name,
+            "about": command.about,
+            "method": command.method,
+            "url": f"{url}/{name}",
+            "command": command.command,
+            "parameters": [
+                {
+                    "name": parameter.name,
+                    "type": parameter.type,
+                    "choices": parameter.choices,
+                    "default": parameter.default,
+                    "required": parameter.default is None,
+                }
+                for parameter in command.parameters.values()
+            ],
+        }
+        for name, command in commands.items()
+    ]
+    return json.dumps({"commands": described}, indent=1) + "\n"
+
+
+def _index_text(url: str, commands: Mapping[str, Command], has_token: bool) -> str:
+    """The commands as lines for a shell, each under its description."""
+    lines = [f"# streamlog {__version__} on {socket.gethostname()}: each line runs a command\n"]
+    for name, command in commands.items():
+        lines.append(f"# {command.about or command.command}\n{_curl_line(url, name, command, has_token)}\n")
+    return "\n".join(lines)
+
+
+class Site:
+    """The commands behind their URLs, and the slots that bound how many of them run at a time."""
+
+    def __init__(self, commands: Mapping[str, Command], settings: Settings, is_local: bool) -> None:
+        self._commands = dict(commands)
+        self._settings = settings
+        self.access = Access(settings, is_local)
+        self._lock = threading.Lock()  # guards the slots
+        self._runs: Counter[str] = Counter()
+        self._ended: Counter[tuple[str, str]] = Counter()  # runs, by name and kind of end
+        self._bytes: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self.count_clients: Callable[[], int] = lambda: 0  # told by whoever has them
+        self._pages: Mapping[str, Callable[[Request], Reply]] = {
+            "*": lambda _: Reply(204, {}),
+            "/": self._index,
+            "/-/healthy": lambda _: _text_reply("ok"),
+            "/-/metrics": lambda _: Reply(200, {"Content-Type": _METRICS_TYPE}, self._metrics().encode()),
+            "/-/idle": lambda _: _page_reply(_IDLE, _COLOURS + _IDLE_STYLE),
+            "/favicon.ico": lambda _: Reply(204, {}),  # browsers ask for it unasked, and complain of a 404
+            "/robots.txt": lambda _: _text_reply("User-agent: *\nDisallow: /\n"),
+        }
+
+    def answer(self, request: Request, read_body: Callable[[int], bytes]) -> Reply:
+        """Answer a request. Raises Error for what is refused; nothing has been run then.
+
+        read_body(limit) gives the request's body, read only once all else has been found right; a longer one
+        than the limit is an Error.
+        """
+        self.access.check(request)
+        command = self._commands.get(request.path[1:])
+        page = None if command else self._pages.get(request.path)
+        if command is None and page is None:
+            names = ", ".join(self._commands) or "(none)"
+            raise Error(f"there is nothing at {request.path[:200]!r}; the commands are: {names}", 404)
+        methods = ("OPTIONS", "POST") if command and command.method == "POST" else _SAFE_METHODS
+        if request.method not in methods:
+            allow = ", ".join(methods)
+            raise Error(f"{request.path} takes {allow}, not {request.method[:200]}", 405, {"Allow": allow})
+        if request.headers.get("expect", "100-continue").lower() != "100-continue":
+            raise Error("the only expectation that can be met is 100-continue", 417)
+        if request.has_body and request.method != "POST":
+            raise Error(f"a {request.method} request takes no body: put parameters into the URL's query")
+        if request.method == "OPTIONS":
+            return Reply(204, {"Allow": ", ".join(methods)})
+        if page is not None:
+            return page(request)
+        assert command is not None
+        return self._run(request.path[1:], command, request, read_body)
+
+    def _run(self, name: str, command: Command, request: Request, read_body: Callable[[int], bytes]) -> Reply:
+        fields = list(_parse_query(request.query))
+        if request.has_body:
+            fields += _parse_form(request, read_body)
+        values, given = self._sort_fields(name, command, fields)
+        options = _read_options(command, request, given)._replace(title=f"{name}: {command.command}")
+        launch = command.bind(name, values, stderr="merge" if options.format == "text" else "separate")
+        class_, type_ = _FORMATS[options.format]
+        headers = {"Content-Type": type_ if command.is_plain_text else command.type, "Vary": "Accept"}
+        if options.format == "html":
+            headers["Content-Security-Policy"] = _VIEW_POLICY
+        if options.format == "sse" and "last-event-id" in request.headers:
+            # A reconnect of an EventSource: its run has ended with its connection, and it must not start another.
+            return Reply(204, headers)
+        if request.method == "HEAD":
+            return Reply(200, headers)
+        run = self._start(name, command, launch)
+        said = _printable(f"{shlex.join(launch.argv)} {values}".encode(errors="replace"))
+        _log.debug("started %s as %d: %s", name, run.pid, said)
+        format_ = class_(options) if command.is_plain_text else Format()
+        return Reply(200, headers, run=run, format=format_, name=name)
+
+    def _start(self, name: str, command: Command, launch: Launch) -> Run:
+        timeout = self._settings.timeout_seconds if command.timeout is None else command.timeout
+        self._take_slot(name, command)
+        try:
+            return Run(launch, self._settings, timeout, lambda: self._free_slot(name))
+        except BaseException:
+            self._free_slot(name)
+            with self._lock:
+                self._ended[name, "not_started"] += 1
+            raise
+
+    @staticmethod
+    def _sort_fields(
+        name: str, command: Command, fields: Sequence[tuple[str, str]]
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Part the fields of a request into the command's parameters and the server's own options."""
+        values: dict[str, str] = {}
+        options: dict[str, str] = {}
+        for key, value in fields:
+            target = values if key in command.parameters else options
+            if key in target:
+                raise Error(f"parameter {key[:200]!r} of {name!r} is given twice")
+            if target is options and key not in _SERVER_OPTIONS:
+                known = ", ".join([*command.parameters, *_SERVER_OPTIONS])
+                raise Error(f"{name!r} has no parameter {key[:200]!r}; known are: {known}")
+            target[key] = value
+        return values, options
+
+    def _take_slot(self, name: str, command: Command) -> None:
+        with self._lock:
+            if sum(self._runs.values()) >= self._settings.max_runs:
+                raise _busy(f"{self._settings.max_runs} of {self._settings.max_runs} runs are going on")
+            if command.max is not None and self._runs[name] >= command.max:
+                raise _busy(f"{command.max} of {command.max} runs of {name!r} are going on")
+            self._runs[name] += 1
+
+    def _free_slot(self, name: str) -> None:
+        with self._lock:
+            self._runs[name] -= 1
+
+    def record(self, name: str, outcome: Outcome, sent_bytes: int) -> None:
+        """Count a run that has ended, for the metrics."""
+        with self._lock:
+            self._ended[name, outcome.kind] += 1
+            self._bytes[name] += sent_bytes
+            self._seconds[name] += outcome.seconds
+
+    def _metrics(self) -> str:
+        """What has been counted, in Prometheus' text format (version 0.0.4)."""
+        with self._lock:
+            families = (
+                ("runs_total", "counter", "Runs that have ended.", self._ended),
+                ("runs_active", "gauge", "Runs that are going on.", self._runs),
+                ("output_bytes_total", "counter", "Bytes of answers of runs.", self._bytes),
+                ("run_seconds_total", "counter", "Time that runs have taken.", self._seconds),
+            )
+            lines = []
+            for name, type_, about, counts in families:
+                lines += [f"# HELP streamlog_{name} {about}", f"# TYPE streamlog_{name} {type_}"]
+                for key, count in sorted(counts.items()):
+                    labels = zip(("command", "outcome"), key if isinstance(key, tuple) else (key,))
+                    written = ",".join(f'{label}="{value}"' for label, value in labels)
+                    lines.append(f"streamlog_{name}{{{written}}} {count:.10g}")
+        lines += ["# HELP streamlog_clients Connections that are open.", "# TYPE streamlog_clients gauge"]
+        return "\n".join([*lines, f"streamlog_clients {self.count_clients()}", ""])
+
+    def _index(self, request: Request) -> Reply:
+        url, has_token = f"http://{request.authority}", bool(self._settings.token)
+        headers = {"Vary": "Accept"}
+        if "text/html" in request.accepted:
+            return _index_page(url, self._commands, has_token)
+        if "application/json" in request.accepted:
+            headers["Content-Type"] = "application/json"
+            return Reply(200, headers, _index_json(url, self._commands).encode())
+        return _text_reply(_index_text(url, self._commands, has_token), headers=headers)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2484,6 +2491,26 @@ class _Client:
         self.sock.close()
 
 
+def _join_headers(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
+    """Headers of two sources; what both have is a list (RFC 9110 section 5.3), or more of a policy's rules."""
+    joined = dict(one)
+    for name, value in other.items():
+        separator = "; " if name == "Content-Security-Policy" else ", "
+        joined[name] = f"{one[name]}{separator}{value}" if name in one else value
+    return joined
+
+
+def _head_bytes(status: int, headers: Mapping[str, str], is_reusable: bool) -> bytes:
+    """The head of an answer. Raises ValueError rather than let a value break out of its line."""
+    fields = [("Date", email.utils.formatdate(usegmt=True)), *_COMMON_HEADERS, *headers.items()]
+    if not is_reusable:
+        fields.append(("Connection", "close"))
+    lines = [f"{name}: {value}" for name, value in fields]
+    if any(not line.isprintable() for line in lines):
+        raise ValueError(f"a header holds a control character: {lines!r}")
+    return "\r\n".join([f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *lines, "\r\n"]).encode("latin-1")
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     """One connection: request after request, in a thread of its own. Its `request` is a _Client."""
 
@@ -2544,13 +2571,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             is_reusable = is_reusable and not end
         _log.info(
             'client=%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
-            self._client.name,
-            _printable(first_line),
-            reply.status,
-            exit_code,
-            self._body_bytes,
-            time.monotonic() - started,
-            _CLIENT_GONE if self._client.is_gone else end or "exit",
+            *(self._client.name, _printable(first_line), reply.status, exit_code, self._body_bytes),
+            *(time.monotonic() - started, _CLIENT_GONE if self._client.is_gone else end or "exit"),
         )
         return is_reusable and not self._client.is_gone
 
@@ -2682,24 +2704,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._client.send(b"%x\r\n%b\r\n" % (len(data), data) if is_chunked else data)
 
 
-def _join_headers(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
-    """Headers of two sources; what both have is a list (RFC 9110 section 5.3), or more of a policy's rules."""
-    joined = dict(one)
-    for name, value in other.items():
-        separator = "; " if name == "Content-Security-Policy" else ", "
-        joined[name] = f"{one[name]}{separator}{value}" if name in one else value
-    return joined
+def _descriptor_limit(limit: int) -> int:
+    """A limit of RLIMIT_NOFILE as a number that can be counted on."""
+    return _DESCRIPTORS_MAX if limit == resource.RLIM_INFINITY else min(limit, _DESCRIPTORS_MAX)
 
 
-def _head_bytes(status: int, headers: Mapping[str, str], is_reusable: bool) -> bytes:
-    """The head of an answer. Raises ValueError rather than let a value break out of its line."""
-    fields = [("Date", email.utils.formatdate(usegmt=True)), *_COMMON_HEADERS, *headers.items()]
-    if not is_reusable:
-        fields.append(("Connection", "close"))
-    lines = [f"{name}: {value}" for name, value in fields]
-    if any(not line.isprintable() for line in lines):
-        raise ValueError(f"a header holds a control character: {lines!r}")
-    return "\r\n".join([f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *lines, "\r\n"]).encode("latin-1")
+def _tune(sock: socket.socket, keepalive_seconds: int) -> None:
+    """Send small pieces at once, and ask a silent peer whether it is still there (tcp(7))."""
+    # Without TCP_NODELAY the end of an answer waits for the acknowledgement of its head, which comes 40 ms late.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", 0x10))  # the latter on macOS
+    sock.setsockopt(socket.IPPROTO_TCP, idle, keepalive_seconds)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, keepalive_seconds // 3))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2709,7 +2727,6 @@ class Server(http.server.ThreadingHTTPServer):
     `shutdown`; `start` does so in a thread. Close it with `close`, or use it as a context manager.
     """
 
-    daemon_threads = True
     request_queue_size = 1024
 
     def __init__(self, commands: Mapping[str, Command], settings: Settings = Settings()) -> None:
@@ -2733,8 +2750,12 @@ class Server(http.server.ThreadingHTTPServer):
         self._is_short = False
         super().__init__((str(address[0]), int(address[1])), _Handler)
         self.socket.setblocking(False)
-        # Every thread polls `closing` beside its own work: closing the writer wakes them all.
-        self.closing, writer = os.pipe()
+        try:
+            # Every thread polls `closing` beside its own work: closing the writer wakes them all.
+            self.closing, writer = os.pipe()
+        except OSError:
+            self.server_close()
+            raise
         self._closing_writer: Optional[int] = writer
         # Half the descriptors are for clients, and half for the pipes of their runs.
         self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
@@ -2903,24 +2924,21 @@ class Server(http.server.ThreadingHTTPServer):
         return not any(thread.is_alive() for thread in threads)
 
 
-def _descriptor_limit(limit: int) -> int:
-    """A limit of RLIMIT_NOFILE as a number that can be counted on."""
-    return _DESCRIPTORS_MAX if limit == resource.RLIM_INFINITY else min(limit, _DESCRIPTORS_MAX)
-
-
-def _tune(sock: socket.socket, keepalive_seconds: int) -> None:
-    """Send small pieces at once, and ask a silent peer whether it is still there (tcp(7))."""
-    # Without TCP_NODELAY the end of an answer waits for the acknowledgement of its head, which comes 40 ms late.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", 0x10))  # the latter on macOS
-    sock.setsockopt(socket.IPPROTO_TCP, idle, keepalive_seconds)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, keepalive_seconds // 3))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-
-
 # ---------------------------------------------------------------------------------------------
 # command line
+
+
+def _read_host(text: str) -> str:
+    if not _AUTHORITY.fullmatch(text) or ":" in text:
+        raise ConfigError(f"--allow-host must be a host name, without a port: {text!r}")
+    return text
+
+
+def _read_origin(text: str) -> str:
+    match = re.fullmatch(r"https?://([^/]+)", text, re.IGNORECASE)
+    if not match or not _AUTHORITY.fullmatch(match[1]):
+        raise ConfigError(f"--allow-origin must be http://HOST or https://HOST, with a port if it has one: {text!r}")
+    return text
 
 
 def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -2962,19 +2980,6 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("-q", "--quiet", action="store_true")
     parser.add_argument("--version", action="version", version=f"streamlog {__version__}")
     return parser.parse_intermixed_args(argv)
-
-
-def _read_host(text: str) -> str:
-    if not _AUTHORITY.fullmatch(text) or ":" in text:
-        raise ConfigError(f"--allow-host must be a host name, without a port: {text!r}")
-    return text
-
-
-def _read_origin(text: str) -> str:
-    match = re.fullmatch(r"https?://([^/]+)", text, re.IGNORECASE)
-    if not match or not _AUTHORITY.fullmatch(match[1]):
-        raise ConfigError(f"--allow-origin must be http://HOST or https://HOST, with a port if it has one: {text!r}")
-    return text
 
 
 def _load_token(options: argparse.Namespace) -> str:
@@ -3054,6 +3059,21 @@ def _raise_descriptor_limit() -> Optional[tuple[int, int]]:
     return soft, hard
 
 
+def _make_settings(options: argparse.Namespace) -> Settings:
+    return Settings(
+        bind=options.bind,
+        port=int(options.port),
+        timeout_seconds=options.timeout,
+        grace_seconds=options.grace,
+        max_runs=int(options.max_runs),
+        token=_load_token(options),
+        no_auth=options.no_auth,
+        allow_hosts=options.allow_host,
+        allow_origins=options.allow_origin,
+        child_nofile=_raise_descriptor_limit(),
+    )
+
+
 def _configure_logging(options: argparse.Namespace) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
@@ -3099,18 +3119,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 print(f"streamlog: warning: command {name!r}: {warning}", file=sys.stderr)
         if options.check:
             return 0
-        settings = Settings(
-            bind=options.bind,
-            port=int(options.port),
-            timeout_seconds=options.timeout,
-            grace_seconds=options.grace,
-            max_runs=int(options.max_runs),
-            token=_load_token(options),
-            no_auth=options.no_auth,
-            allow_hosts=options.allow_host,
-            allow_origins=options.allow_origin,
-            child_nofile=_raise_descriptor_limit(),
-        )
+        settings = _make_settings(options)
         server = Server(commands, settings)
     except Error as error:
         print(f"streamlog: {error}", file=sys.stderr)

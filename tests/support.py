@@ -173,7 +173,7 @@ class Raw:
         return Answer(status, headers, body, trailers, is_whole)
 
     def is_closed(self) -> bool:
-        """Whether the server closes the connection (waits for it)."""
+        """Wait until the server closes the connection; the socket's own time-out fails the test if it does not."""
         while self.more():
             pass
         return True
