@@ -9,13 +9,17 @@ usage: streamlog [OPTION]... [[METHOD:]NAME=COMMAND LINE | COMMAND LINE]...
 
 options:
   -p, --port PORT      listen on this port (8000); 0 picks a free one and prints it
-  -b, --bind ADDRESS   listen on this address (127.0.0.1)
+  -b, --bind ADDRESS   listen on this address (127.0.0.1), or on unix:PATH
   -c, --config FILE    read commands from this file, before those given as arguments
       --timeout SEC    stop a run after so many seconds (0: no limit)
       --grace SEC      seconds from SIGTERM to SIGKILL when a run is stopped (5)
+      --stall SEC      stop a run whose client takes nothing for so many seconds (0: no limit)
+      --max-output N   stop a run after so many bytes of output, or 10K, 10M, 10G (0: no limit)
       --max-runs N     runs at a time; one more gets a 503 (64)
       --token-file FILE
                        demand the token that stands in this file; or set STREAMLOG_TOKEN
+      --tls-cert FILE  speak TLS, with the certificate in this PEM file
+      --tls-key FILE   its key, if that is in a file of its own
       --no-auth        listen on an address that others reach without a token all the same
       --allow-host NAME
                        take this host name for the server's own; may be given again
@@ -39,6 +43,7 @@ commands file:
   description), method (GET or POST), timeout (seconds; 0 for no limit), max (runs of it at a
   time), stderr (merge, separate or discard), cwd (directory), env (NAME=value, one a line) and
   type (Content-Type of output that is not plain text). [DEFAULT] holds options for all.
+  SIGHUP reads it again, and the certificate; at a terminal it ends the server, as TERM does.
 
 what a client sees:
   The output is the body, byte for byte, as it comes; the trailer Exit-Code ends a run that
@@ -67,6 +72,7 @@ import contextlib
 import dataclasses
 import datetime
 import email.utils
+import enum
 import errno
 import fcntl
 import hashlib
@@ -88,6 +94,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import subprocess
 import termios
@@ -101,6 +108,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional,
 
 if TYPE_CHECKING:
     import argparse
+    import ssl
 
 __version__ = "0.1.0"
 __all__ = ["Command", "ConfigError", "Error", "Server", "Settings"]
@@ -133,20 +141,30 @@ class _ClientGone(Exception):
 class Settings:
     """What a server is told once, at start. Durations are in seconds."""
 
-    bind: str = "127.0.0.1"
+    bind: str = "127.0.0.1"  # an address, a host name, or unix:PATH
     port: int = 8000
     timeout_seconds: Optional[float] = None
     grace_seconds: float = 5.0
     drain_seconds: float = 2.0
+    stall_seconds: float = 0.0  # for a client to take something of what waits for it; 0: no limit
     max_runs: int = 64
+    max_output_bytes: int = 0  # of one run; 0: no limit
+    tls_cert: str = ""  # PEM files; the key may stand in the certificate's
+    tls_key: str = ""
     token: str = dataclasses.field(default="", repr=False)
     no_auth: bool = False
     allow_hosts: Sequence[str] = ()
     allow_origins: Sequence[str] = ()
     head_seconds: float = 10.0
     idle_seconds: float = 60.0
+    refusal_seconds: float = 1.0  # until the answer to a wrong token
     keepalive_seconds: int = 15
     child_nofile: Optional[tuple[int, int]] = None  # (soft, hard) RLIMIT_NOFILE for commands; None: as ours
+
+    @property
+    def scheme(self) -> str:
+        """The scheme of its URLs."""
+        return "https" if self.tls_cert else "http"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -166,6 +184,9 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?=[}:=])")
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "mksh", "ash", "rbash", "csh", "tcsh", "fish"})
 _HIDDEN_ENVIRONMENT = re.compile(r"STREAMLOG_.*|LISTEN_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY")
 _PLAIN_TEXT = "text/plain; charset=utf-8"
+# Of the values of a request, each as often as it is used: half of what Linux takes for one argument or variable
+# (MAX_ARG_STRLEN, execve(2)), so that what stands beside it in the command line has room.
+_VALUE_BYTES = 64 * 1024
 
 
 # A placeholder in a line that is being read: \0, its index, \0. No argument can hold a NUL, and shlex and the
@@ -522,6 +543,8 @@ class Command:
             bound[parameter.name] = value
         for parameter, starts_argument in self._uses:
             self._check_value(name, parameter, bound[parameter.name], starts_argument)
+        if sum(len(bound[parameter.name].encode(errors="replace")) for parameter, _ in self._uses) > _VALUE_BYTES:
+            raise Error(f"the values of {name!r} may have {_VALUE_BYTES} bytes at most, each as often as it is used")
         argv = []
         for argument in self._arguments:
             text = ""
@@ -530,10 +553,9 @@ class Command:
                     self._check_value(name, part, bound[part.name], starts_argument=not text)
                 text += bound[part.name] if isinstance(part, Parameter) else part
             argv.append(text)
+        variables = {f"arg_{key}": value for key, value in bound.items()} if self.is_shell else {}
         env = {key: value for key, value in os.environ.items() if not _HIDDEN_ENVIRONMENT.fullmatch(key)}
-        env.update({"PYTHONUNBUFFERED": "1", **self.env})
-        if self.is_shell:
-            env.update({f"arg_{key}": value for key, value in bound.items()})
+        env.update({"PYTHONUNBUFFERED": "1", **self.env, **variables})
         return Launch(argv, env, self.cwd, self.stderr or stderr)
 
     def _check_value(self, name: str, parameter: Parameter, value: str, starts_argument: bool) -> None:
@@ -808,7 +830,7 @@ def _parse_target(method: str, target: str) -> tuple[str, str, str]:
     authority = ""
     if target == "*" and method == "OPTIONS":
         return "", "*", ""
-    absolute = re.match(r"http://([^/?]+)(?=[/?]|$)", target, re.IGNORECASE)
+    absolute = re.match(r"https?://([^/?]+)(?=[/?]|$)", target, re.IGNORECASE)
     if absolute:
         authority, target = absolute[1], target[absolute.end() :] or "/"
         if not _AUTHORITY.fullmatch(authority):
@@ -925,9 +947,17 @@ _ESCAPE_CHARACTERS = 1024
 _BLOCK_LINES = 200
 
 
-# Why a run may be ended by the server; or for its time: "timeout after ...".
+# Why a run may be ended by the server; or for its own doing: "timeout after ...", "output limit of ...".
 _CLIENT_GONE = "client gone"
+_CLIENT_STALLED = "client stalled"
 _SHUTTING_DOWN = "the server is shutting down"
+_KINDS = {
+    _CLIENT_GONE: "client_gone",
+    _CLIENT_STALLED: "client_stalled",
+    _SHUTTING_DOWN: "shutdown",
+    "timeout": "timeout",
+    "output limit": "output_limit",
+}
 
 
 class Outcome(NamedTuple):
@@ -940,12 +970,10 @@ class Outcome(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The end, as one of few words: ok, failed, timeout, client_gone, shutdown or stopped."""
+        """The end, as one of few words: ok, failed, or why the server ended the run."""
         if not self.reason:
             return "failed" if self.exit_code else "ok"
-        if self.reason.startswith("timeout"):
-            return "timeout"
-        return {_CLIENT_GONE: "client_gone", _SHUTTING_DOWN: "shutdown"}.get(self.reason, "stopped")
+        return next((kind for said, kind in _KINDS.items() if self.reason.startswith(said)), "stopped")
 
     @property
     def note(self) -> str:
@@ -1644,6 +1672,7 @@ class Run:
         self._release: Optional[_Release] = release  # gives the slot back; None once it has been
         self._lock = threading.RLock()  # re-entrant: a signal handler may kill what its own thread is stopping
         self._owed: dict[int, float] = {}  # bytes of an output that are still to come, where that is known
+        self._left_bytes: float = settings.max_output_bytes or math.inf  # of all output; below 0 what was too much
         self._block = _BLOCK_MIN_BYTES
         self.started = time.monotonic()
         self.seconds = 0.0
@@ -1736,7 +1765,11 @@ class Run:
                     fcntl.fcntl(descriptor, _SET_PIPE_SIZE, self._block)
         elif len(data) < self._block // 4:
             self._block = max(_BLOCK_MIN_BYTES, self._block // 2)
-        return data
+        self._left_bytes -= len(data)
+        if self._left_bytes >= 0:
+            return data
+        self.stop(f"output limit of {self._settings.max_output_bytes} bytes")
+        return data[: int(self._left_bytes)]
 
     def stop(self, reason: str) -> None:
         """Ask the group to end: SIGTERM now, SIGKILL after the grace time. The first reason is the one that counts."""
@@ -1884,15 +1917,24 @@ _CORS_HEADERS = {
 }
 
 
-class Access:
-    """Who may: the rules for Host, Origin and token. `is_local` says whether only this machine can reach the server."""
+class Reach(enum.Enum):
+    """From where a server can be reached."""
 
-    def __init__(self, settings: Settings, is_local: bool) -> None:
+    UNIX = "a unix socket"  # whose mode says who may connect
+    LOOPBACK = "this machine"
+    NETWORK = "other machines"
+
+
+class Access:
+    """Who may: the rules for Host, Origin and token."""
+
+    def __init__(self, settings: Settings, reach: Reach) -> None:
         self._token = settings.token.encode()
+        self._scheme = settings.scheme
         self._origins = frozenset(origin.lower() for origin in settings.allow_origins)
-        self._is_local = is_local
+        self._reach = reach
         self._hosts = {"localhost", *(host.lower().rstrip(".") for host in settings.allow_hosts)}
-        if not is_local:
+        if reach is Reach.NETWORK:
             self._hosts.add(socket.gethostname().lower())
 
     def check(self, request: Request) -> None:
@@ -1918,16 +1960,16 @@ class Access:
         """Refuse a name that is not this server's: a stranger could point his own here (DNS rebinding).
 
         He has no token for it, though, and behind a proxy names are the proxy's: with a token any name will do
-        where others reach the server anyway.
+        where others reach the server anyway. No name can be pointed at a unix socket.
         """
-        if self._token and not self._is_local:
+        if self._reach is Reach.UNIX or (self._token and self._reach is Reach.NETWORK):
             return
         name = host.rstrip(".")
         if name in self._hosts or name.endswith(".localhost"):
             return
         with contextlib.suppress(ValueError):
             address = ipaddress.ip_address(name.strip("[]"))
-            if address.is_loopback or not self._is_local:
+            if address.is_loopback or self._reach is Reach.NETWORK:
                 return
         raise Error(f"the host {host[:200]!r} is not this server's: use localhost or an address, or --allow-host", 403)
 
@@ -1940,7 +1982,7 @@ class Access:
         if site is not None:
             is_own = site in ("same-origin", "none") or self._is_visit(request)
         else:
-            is_own = origin is None or origin.lower() == f"http://{request.authority.lower()}"
+            is_own = origin is None or origin.lower() == f"{self._scheme}://{request.authority.lower()}"
         if not is_own and not self._is_allowed_origin(request):
             who = _printable((origin or site or "").encode())
             raise Error(f"a page of another site ({who}) may not use this server: --allow-origin would let it", 403)
@@ -1994,7 +2036,22 @@ def _text_reply(text: str, status: int = 200, headers: Mapping[str, str] = Mappi
     return Reply(status, {"Content-Type": _PLAIN_TEXT, **headers}, text.encode())
 
 
-def _curl_line(url: str, name: str, command: Command, has_token: bool) -> str:
+class _Target(NamedTuple):
+    """How curl reaches the server: its URL, and options written for a shell."""
+
+    url: str
+    options: str = ""
+
+
+def _target(settings: Settings, authority: str, path: str = "") -> _Target:
+    """The target at an authority, or at the path of a unix socket."""
+    options = ' -u ":$STREAMLOG_TOKEN"' if settings.token else ""
+    if path:
+        options += f" --unix-socket {shlex.quote(path)}"
+    return _Target(f"{settings.scheme}://{authority}", options)
+
+
+def _curl_line(target: _Target, name: str, command: Command) -> str:
     """A line for a shell that runs the command, with every parameter to be seen and changed."""
     query = urllib.parse.urlencode(
         {
@@ -2005,12 +2062,12 @@ def _curl_line(url: str, name: str, command: Command, has_token: bool) -> str:
         },
         safe="/:,@",
     )
-    words = ["curl", "-N"]
+    words = []
     if command.method == "POST":
         words += ["-d", query] if query else ["-X", "POST"]
         query = ""
-    line = shlex.join([*words, f"{url}/{name}" + (f"?{query}" if query else "")])
-    return line.replace("curl -N", 'curl -N -u ":$STREAMLOG_TOKEN"', 1) if has_token else line
+    words.append(f"{target.url}/{name}" + (f"?{query}" if query else ""))
+    return f"curl -N{target.options} {shlex.join(words)}"
 
 
 # Output may set styles of its own by escape sequences, and nothing else; the index page has the style that it was
@@ -2178,7 +2235,7 @@ def _form_fields(command: Command) -> Iterator[str]:
             yield f"<label>{name}<input {written}{required}></label>"
 
 
-def _index_page(url: str, commands: Mapping[str, Command], has_token: bool) -> Reply:
+def _index_page(target: _Target, commands: Mapping[str, Command]) -> Reply:
     """The commands as a page: a form for each and a frame for the output, without a script."""
     sections = [
         _fill(
@@ -2190,7 +2247,7 @@ def _index_page(url: str, commands: Mapping[str, Command], has_token: bool) -> R
                 "LINE": html.escape(command.command),
                 "METHOD": command.method.lower(),
                 "FIELDS": "\n".join(_form_fields(command)),
-                "CURL": html.escape(_curl_line(url, name, command, has_token)),
+                "CURL": html.escape(_curl_line(target, name, command)),
             },
         )
         for name, command in commands.items()
@@ -2224,21 +2281,24 @@ def _index_json(url: str, commands: Mapping[str, Command]) -> str:
     return json.dumps({"commands": described}, indent=1) + "\n"
 
 
-def _index_text(url: str, commands: Mapping[str, Command], has_token: bool) -> str:
+def _index_text(target: _Target, commands: Mapping[str, Command]) -> str:
     """The commands as lines for a shell, each under its description."""
     lines = [f"# streamlog {__version__} on {socket.gethostname()}: each line runs a command\n"]
     for name, command in commands.items():
-        lines.append(f"# {command.about or command.command}\n{_curl_line(url, name, command, has_token)}\n")
+        lines.append(f"# {command.about or command.command}\n{_curl_line(target, name, command)}\n")
     return "\n".join(lines)
 
 
 class Site:
     """The commands behind their URLs, and the slots that bound how many of them run at a time."""
 
-    def __init__(self, commands: Mapping[str, Command], settings: Settings, is_local: bool) -> None:
+    def __init__(
+        self, commands: Mapping[str, Command], settings: Settings, reach: Reach, socket_path: str = ""
+    ) -> None:
         self._commands = dict(commands)
         self._settings = settings
-        self.access = Access(settings, is_local)
+        self._socket_path = socket_path
+        self.access = Access(settings, reach)
         self._lock = threading.Lock()  # guards the slots
         self._runs: Counter[str] = Counter()
         self._ended: Counter[tuple[str, str]] = Counter()  # runs, by name and kind of end
@@ -2344,6 +2404,10 @@ class Site:
         with self._lock:
             self._runs[name] -= 1
 
+    def replace(self, commands: Mapping[str, Command]) -> None:
+        """Serve these commands from now on. Runs go on, and counts stay."""
+        self._commands = dict(commands)
+
     def record(self, name: str, outcome: Outcome, sent_bytes: int) -> None:
         """Count a run that has ended, for the metrics."""
         with self._lock:
@@ -2371,14 +2435,15 @@ class Site:
         return "\n".join([*lines, f"streamlog_clients {self.count_clients()}", ""])
 
     def _index(self, request: Request) -> Reply:
-        url, has_token = f"http://{request.authority}", bool(self._settings.token)
+        path = self._socket_path if request.host == "localhost" else ""  # by another name it was a proxy that asked
+        target = _target(self._settings, request.authority, path)
         headers = {"Vary": "Accept"}
         if "text/html" in request.accepted:
-            return _index_page(url, self._commands, has_token)
+            return _index_page(target, self._commands)
         if "application/json" in request.accepted:
             headers["Content-Type"] = "application/json"
-            return Reply(200, headers, _index_json(url, self._commands).encode())
-        return _text_reply(_index_text(url, self._commands, has_token), headers=headers)
+            return Reply(200, headers, _index_json(target.url, self._commands).encode())
+        return _text_reply(_index_text(target, self._commands), headers=headers)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2405,6 +2470,75 @@ _COMMON_HEADERS = (
 )
 
 
+def _make_tls_context(settings: Settings) -> ssl.SSLContext:
+    """What TLS is spoken with: 1.2 or newer, HTTP/1.1. Raises ConfigError for files that are of no use."""
+    import ssl
+
+    def refuse() -> str:
+        raise ConfigError(f"the key in {key!r} is encrypted: write it without a pass phrase (openssl pkey), mode 600")
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    cert, key = settings.tls_cert, settings.tls_key or settings.tls_cert
+    try:
+        for path in (cert, key):
+            open(path, "rb").close()  # else the error does not tell which of them is missing
+        context.load_cert_chain(cert, key, refuse)
+    except ssl.SSLError as error:
+        raise ConfigError(f"cannot use the certificate {cert!r} with the key {key!r}: {error.reason}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path!r}: {error.strerror}") from None
+    return context
+
+
+class _Tls:
+    """One connection's TLS, without any I/O: what the socket has given in, what it is to be given out."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        import ssl
+
+        self._not_yet, self._at_end = ssl.SSLWantReadError, ssl.SSLZeroReturnError
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.is_ready = False  # the handshake is over
+        self.is_over = False  # the client has ended it
+
+    def decrypt(self, data: bytes) -> bytes:
+        """What the client says in what has come. What is owed to it for that is given out by `encrypt`."""
+        self._incoming.write(data)
+        text = b""
+        try:
+            if not self.is_ready:
+                self._object.do_handshake()
+                self.is_ready = True
+            while not self.is_over:
+                piece = self._object.read(_RECEIVE_BYTES)
+                text += piece
+                self.is_over = not piece
+        except self._not_yet:
+            pass
+        except OSError as error:  # any SSLError: the end that TLS has for it, or something that is not TLS
+            self.is_over = True
+            if not isinstance(error, self._at_end):
+                _log.debug("TLS: %s", error)
+        return text
+
+    def encrypt(self, data: bytes) -> bytes:
+        """What the socket is to send, with everything that is owed. Raises OSError (ssl.SSLError)."""
+        view = memoryview(data)
+        while view:
+            view = view[self._object.write(view) :]  # a record of 16 KiB at a time
+        return self._outgoing.read()
+
+    def end(self) -> bytes:
+        """The close_notify, by which a client tells an end from a cut (RFC 8446 section 6.1)."""
+        with contextlib.suppress(OSError):
+            self._object.unwrap()
+        return self._outgoing.read()
+
+
 class _Client:
     """The other end of a connection: its socket, what it has sent ahead, and what it has not taken yet.
 
@@ -2412,15 +2546,18 @@ class _Client:
     while, into `inbox`: readable is not the same as gone, as it may only have sent its next request.
     """
 
-    def __init__(self, sock: socket.socket, address: object) -> None:
+    def __init__(self, sock: socket.socket, address: object, tls: Optional[_Tls], stall_seconds: float) -> None:
         self.sock = sock
-        self.name = ":".join(map(str, address[:2])) if isinstance(address, tuple) else str(address)
+        self.name = ":".join(map(str, address[:2])) if isinstance(address, tuple) else "unix"
         self.inbox = bytearray()
         self.outbox = memoryview(b"")
-        self.is_gone = False
+        self.lost = ""  # why there is nobody to talk to, once there is not
         self.is_evicted = False
         self.idle_since: Optional[float] = time.monotonic()  # None while a request is being answered
         self.run: Optional[Run] = None
+        self._tls = tls
+        self._stall_seconds = stall_seconds or math.inf
+        self._moved_at = 0.0  # when the outbox was filled, or something was taken from it, at last
         sock.setblocking(False)
 
     def fileno(self) -> int:
@@ -2431,28 +2568,56 @@ class _Client:
         """What to poll the socket for."""
         return select.POLLIN | (select.POLLOUT if self.outbox else 0)
 
+    @property
+    def deadline(self) -> float:
+        """The moment until which it must have taken something of what waits for it."""
+        return self._moved_at + self._stall_seconds if self.outbox else math.inf
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be talked to: TLS is agreed on, where there is TLS."""
+        return self._tls is None or self._tls.is_ready
+
     def turn(self, events: int) -> None:
-        """Act on what poll has said of the socket."""
+        """Act on what poll has said of the socket. Raises Error for one who speaks plain HTTP where TLS is due."""
         if events & select.POLLOUT:
             self._flush()
         if events & ~select.POLLOUT:
             self._receive()
+        if self.outbox and time.monotonic() >= self.deadline:
+            self._lose(_CLIENT_STALLED)
 
     def send(self, data: bytes) -> None:
         """Send what the socket takes; the rest waits in the outbox."""
+        if self._tls:
+            try:
+                data = self._tls.encrypt(data)
+            except OSError:
+                self._lose()
+                return
+        if not self.outbox:
+            self._moved_at = time.monotonic()
         self.outbox = memoryview(bytes(self.outbox) + data if self.outbox else data)
         self._flush()
+
+    def end(self) -> None:
+        """Say that nothing more will come."""
+        if self._tls and not self.lost:
+            tls, self._tls = self._tls, None  # what still comes is of no interest
+            self.send(tls.end())
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
 
     def settle(self, deadline: float, closing: int) -> None:
         """Wait until the client has taken everything, or has gone, or the deadline is over.
 
         Where there is no deadline, a server that is closing sets one.
         """
-        while self.outbox and not self.is_gone and time.monotonic() < deadline:
+        while self.outbox and time.monotonic() < deadline:
             watched = {self.fileno(): self.events}
             if deadline == math.inf:
                 watched[closing] = select.POLLIN
-            ready = _poll(watched, deadline)
+            ready = _poll(watched, min(deadline, self.deadline))
             self.turn(ready.pop(self.fileno(), 0))
             if ready:
                 deadline = time.monotonic() + _CUT_SECONDS
@@ -2461,6 +2626,7 @@ class _Client:
         try:
             while self.outbox:
                 self.outbox = self.outbox[self.sock.send(self.outbox) :]
+                self._moved_at = time.monotonic()
         except BlockingIOError:
             pass
         except OSError:
@@ -2475,12 +2641,21 @@ class _Client:
             return
         except OSError:
             data = b""
+        is_over = not data
+        if self._tls and data:
+            if not self._tls.is_ready and _REQUEST_LINE.match(data):
+                self._tls = None
+                self.inbox += data
+                raise Error("this port speaks TLS: use https")
+            data = self._tls.decrypt(data)
+            self.send(b"")
+            is_over = self._tls.is_over
         self.inbox += data
-        if not data:
+        if is_over:
             self._lose()
 
-    def _lose(self) -> None:
-        self.is_gone = True
+    def _lose(self, why: str = _CLIENT_GONE) -> None:
+        self.lost = self.lost or why
         self.outbox = memoryview(b"")
 
     def close(self, is_reset: bool = False) -> None:
@@ -2531,11 +2706,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Let the client read the answer first: closing while it is still sending resets what it has not read."""
         client = self._client
-        if self._must_reset:
+        if self._must_reset or client.lost == _CLIENT_STALLED:
             client.close(is_reset=True)
             return
-        with contextlib.suppress(OSError):
-            client.sock.shutdown(socket.SHUT_WR)
+        client.end()
         deadline = time.monotonic() + _LINGER_SECONDS
         with contextlib.suppress(_ClientGone):
             while self._receive(deadline):
@@ -2556,6 +2730,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             first_line = first_line or bytes(self._client.inbox).partition(b"\r\n")[0]
             reply = _text_reply(f"{error}\n", error.status, error.headers)
         if request is not None:
+            if reply.status == 401 and "authorization" in request.headers:
+                self._hold_back()
             reply = reply._replace(headers=_join_headers(reply.headers, self.server.site.access.headers(request)))
         self._body_bytes = 0
         is_reusable = request is not None and not request.wants_close and not request.has_body
@@ -2564,17 +2740,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             exit_code, end = "-", "answered"
         else:
             outcome = self._send_run(request, reply, reply.run, is_reusable)
-            if self._client.is_gone:
-                outcome = outcome._replace(reason=_CLIENT_GONE)
+            if self._client.lost:
+                outcome = outcome._replace(reason=self._client.lost)
             self.server.site.record(reply.name, outcome, self._body_bytes)
             exit_code, end = str(outcome.exit_code), outcome.reason
             is_reusable = is_reusable and not end
         _log.info(
             'client=%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
             *(self._client.name, _printable(first_line), reply.status, exit_code, self._body_bytes),
-            *(time.monotonic() - started, _CLIENT_GONE if self._client.is_gone else end or "exit"),
+            *(time.monotonic() - started, self._client.lost or end or "exit"),
         )
-        return is_reusable and not self._client.is_gone
+        return is_reusable and not self._client.lost
 
     def _receive(self, deadline: float) -> bool:
         """Wait for more from the client; whether it came in time. Raises _ClientGone at its end, or the server's."""
@@ -2582,13 +2758,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         ready = _poll({client.fileno(): select.POLLIN, self._closing: select.POLLIN}, deadline)
         events = ready.pop(client.fileno(), 0)
         client.turn(events)
-        if client.is_gone or ready:
+        if client.lost or ready:
             raise _ClientGone
         return bool(events)
+
+    def _hold_back(self) -> None:
+        """Make guesses at a token slow. Meanwhile the connection is one that makes room for others."""
+        self._client.idle_since = time.monotonic()
+        _poll({self._closing: select.POLLIN}, time.monotonic() + self.server.settings.refusal_seconds)
 
     def _read_head(self) -> bytes:
         """The next head. A connection may be silent for the idle time; a head, once begun, must be whole in its own."""
         client, settings = self._client, self.server.settings
+        deadline = time.monotonic() + settings.head_seconds
+        while not client.is_ready:
+            if not self._receive(deadline):
+                raise _ClientGone
         deadline = time.monotonic() + settings.idle_seconds
         is_begun = False
         seen = 0
@@ -2677,13 +2862,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         client, closing = self._client, self._closing
         while not run.is_over:
             watched = {client.fileno(): client.events}
-            if client.is_gone:
+            if client.lost:
                 watched = {}
-                run.stop(_CLIENT_GONE)
+                run.stop(client.lost)
             if not run.reason:
                 watched[closing] = select.POLLIN
             is_paused = bool(client.outbox)
-            ready = run.wait(watched, is_paused, math.inf if is_paused else format_.due)
+            ready = run.wait(watched, is_paused, client.deadline if is_paused else format_.due)
             client.turn(ready.pop(client.fileno(), 0))
             if ready.pop(closing, 0):
                 run.stop(_SHUTTING_DOWN)
@@ -2699,7 +2884,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _write(self, data: bytes, is_chunked: bool) -> None:
         """Send a piece of the body, as one chunk in one send. An empty piece must not become one: that is the last."""
-        if data and not self._client.is_gone:
+        if data and not self._client.lost:
             self._body_bytes += len(data)
             self._client.send(b"%x\r\n%b\r\n" % (len(data), data) if is_chunked else data)
 
@@ -2707,6 +2892,39 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def _descriptor_limit(limit: int) -> int:
     """A limit of RLIMIT_NOFILE as a number that can be counted on."""
     return _DESCRIPTORS_MAX if limit == resource.RLIM_INFINITY else min(limit, _DESCRIPTORS_MAX)
+
+
+def _find_address(bind: str, port: int) -> tuple[int, Any]:
+    """The address family, and the address in it: (host, port), or the path of a unix socket. Raises OSError."""
+    if bind.startswith("unix:"):
+        if not bind[5:] or "\0" in bind:
+            raise ConfigError(f"a unix socket needs a path, as in unix:/run/streamlog.sock: {bind!r}")
+        return socket.AF_UNIX, bind[5:]
+    family, _, _, _, address = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return family, address[:2]
+
+
+def _find_reach(family: int, address: Any) -> Reach:
+    if family == socket.AF_UNIX:
+        return Reach.UNIX
+    is_loopback = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+    return Reach.LOOPBACK if is_loopback else Reach.NETWORK
+
+
+def _clear_socket(path: str) -> None:
+    """Remove the socket of a server that has died (unix(7)). Raises OSError if there is one that lives."""
+    with contextlib.suppress(FileNotFoundError), contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
+        found = os.lstat(path)
+        if not stat.S_ISSOCK(found.st_mode):
+            raise OSError(errno.EEXIST, "there is a file that is no socket")
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            if os.path.samestat(found, os.lstat(path)):  # and not that of one that starts at the same time
+                os.unlink(path)
+        else:
+            raise OSError(errno.EADDRINUSE, "another server is using it")
 
 
 def _tune(sock: socket.socket, keepalive_seconds: int) -> None:
@@ -2723,37 +2941,53 @@ def _tune(sock: socket.socket, keepalive_seconds: int) -> None:
 class Server(http.server.ThreadingHTTPServer):
     """The commands, behind a listening socket. Binds at once: OSError or ConfigError where it may not.
 
-    commands: by name. settings: see Settings. `url` and `port` say where it listens. `serve_forever` serves until
+    commands: by name. settings: see Settings. listener: a socket that listens already, in place of one at
+    `settings.bind`; it is closed with the server. `url` and `port` say where it listens. `serve_forever` serves until
     `shutdown`; `start` does so in a thread. Close it with `close`, or use it as a context manager.
     """
 
     request_queue_size = 1024
 
-    def __init__(self, commands: Mapping[str, Command], settings: Settings = Settings()) -> None:
-        found = socket.getaddrinfo(settings.bind, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self.address_family, _, _, _, address = found[0]
-        is_local = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
-        if not is_local and not settings.token and not settings.no_auth:
+    def __init__(
+        self,
+        commands: Mapping[str, Command],
+        settings: Settings = Settings(),
+        listener: Optional[socket.socket] = None,
+    ) -> None:
+        if listener is None:
+            self.address_family, address = _find_address(settings.bind, settings.port)
+        else:
+            self.address_family, address = listener.family, listener.getsockname()
+        self.reach = _find_reach(self.address_family, address)
+        if self.reach is Reach.NETWORK and not settings.token and not settings.no_auth:
             raise ConfigError(
-                f"others reach {settings.bind}, and could run every command: set a token (STREAMLOG_TOKEN or "
+                f"others reach {address[0]}, and could run every command: set a token (STREAMLOG_TOKEN or "
                 "--token-file), bind 127.0.0.1 and come by ssh -L, or say --no-auth to allow it"
             )
         self.settings = settings
-        self.is_local = is_local
-        self.site = Site(commands, settings, is_local)
+        self.socket_path = os.fsdecode(address) if self.reach is Reach.UNIX else ""
+        self._made_socket: Optional[os.stat_result] = None  # the file of it, if it is ours to remove
+        self.site = Site(commands, settings, self.reach, self.socket_path)
+        self._tls_context = _make_tls_context(settings) if settings.tls_cert else None
         self.is_killing = False
-        self.stderr_guard: Optional[int] = None  # a descriptor whose reader's end is ours too
         self._lock = threading.RLock()  # guards the clients; re-entrant for shutdown() in a signal handler
         self._clients: dict[_Client, threading.Thread] = {}
         self.site.count_clients = self._clients.__len__
         self._thread: Optional[threading.Thread] = None
         self._is_short = False
-        super().__init__((str(address[0]), int(address[1])), _Handler)
-        self.socket.setblocking(False)
+        super().__init__(address, _Handler, bind_and_activate=False)
         try:
+            if listener is None:
+                self.server_bind()
+                self.server_activate()
+            else:
+                self.socket.close()
+                self.socket = listener
+                self.server_address = address
+            self.socket.setblocking(False)
             # Every thread polls `closing` beside its own work: closing the writer wakes them all.
             self.closing, writer = os.pipe()
-        except OSError:
+        except BaseException:
             self.server_close()
             raise
         self._closing_writer: Optional[int] = writer
@@ -2762,18 +2996,34 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind, without the look-up of our own name that HTTPServer does: it can take half a minute."""
-        socketserver.TCPServer.server_bind(self)
+        if not self.socket_path:
+            socketserver.TCPServer.server_bind(self)
+            return
+        _clear_socket(self.socket_path)
+        self.socket.bind(self.socket_path)
+        self._made_socket = os.stat(self.socket_path)
+        os.chmod(self.socket_path, 0o600)  # in time: nobody can connect before it listens
+
+    def server_close(self) -> None:
+        """Close the listener, and remove the file of a unix socket if it is still ours."""
+        super().server_close()
+        made, self._made_socket = self._made_socket, None
+        with contextlib.suppress(OSError):
+            if made and os.path.samestat(made, os.lstat(self.socket_path)):
+                os.unlink(self.socket_path)
 
     @property
     def port(self) -> int:
-        """The port it listens on, also where port 0 was asked for."""
-        return int(self.server_address[1])
+        """The port it listens on, also where port 0 was asked for; 0 for a unix socket."""
+        return 0 if self.reach is Reach.UNIX else int(self.server_address[1])
 
     @property
     def url(self) -> str:
-        """The address for a browser, without a slash at the end."""
+        """The address for a browser, without a slash at the end; for a unix socket, `unix:` and its path."""
+        if self.reach is Reach.UNIX:
+            return f"unix:{self.socket_path}"
         host = str(self.server_address[0])
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return f"{self.settings.scheme}://" + (f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}")
 
     @property
     def is_closing(self) -> bool:
@@ -2788,14 +3038,22 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept connections until shutdown. (Woken by a descriptor, so that there is no interval to poll at.)"""
-        watched = {self.fileno(): select.POLLIN, self.closing: select.POLLIN}
-        if self.stderr_guard is not None:
-            watched[self.stderr_guard] = 0  # poll tells of a hang-up unasked
+        self.serve_until({})
+
+    def serve_until(self, others: Mapping[int, int]) -> dict[int, int]:
+        """Accept connections until shutdown, or until any other descriptor is ready; which are."""
+        watched = {self.fileno(): select.POLLIN, self.closing: select.POLLIN, **others}
         while True:
             ready = _poll(watched)
-            if set(ready) - {self.fileno()}:
-                return
+            if ready.keys() - {self.fileno()}:
+                return ready
             self._accept()
+
+    def replace(self, commands: Mapping[str, Command]) -> None:
+        """Serve these commands from now on, and read the certificate again. Raises ConfigError; then all stays."""
+        if self._tls_context is not None:
+            self._tls_context = _make_tls_context(self.settings)
+        self.site.replace(commands)
 
     def _accept(self) -> None:
         try:
@@ -2807,9 +3065,11 @@ class Server(http.server.ThreadingHTTPServer):
             self._evict()
             _poll({self.closing: select.POLLIN}, time.monotonic() + 0.1)
             return
-        with contextlib.suppress(OSError):  # it may have been reset already
-            _tune(sock, self.settings.keepalive_seconds)
-        client = _Client(sock, address)
+        if self.reach is not Reach.UNIX:
+            with contextlib.suppress(OSError):  # it may have been reset already
+                _tune(sock, self.settings.keepalive_seconds)
+        tls = _Tls(self._tls_context) if self._tls_context else None
+        client = _Client(sock, address, tls, self.settings.stall_seconds)
         if len(self._clients) >= self._client_max and not self._evict():
             self._refuse(client)
         else:
@@ -2849,11 +3109,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _refuse(self, client: _Client) -> None:
         """Turn a client away. What it has sent is read first, for a close would reset the connection otherwise."""
-        client.turn(select.POLLIN)
-        headers = {"Content-Length": "0", "Retry-After": "1"}
-        client.send(_head_bytes(503, headers, is_reusable=False))
-        with contextlib.suppress(OSError):
-            client.sock.shutdown(socket.SHUT_WR)
+        if client.is_ready:
+            client.turn(select.POLLIN)
+            headers = {"Content-Length": "0", "Retry-After": "1"}
+            client.send(_head_bytes(503, headers, is_reusable=False))
+            client.end()
         client.close()
 
     def _evict(self) -> bool:
@@ -2934,6 +3194,13 @@ def _read_host(text: str) -> str:
     return text
 
 
+def _read_size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text)
+    if not match:
+        raise ConfigError(f"--max-output must be a number of bytes, or of K, M, G or T of them: {text!r}")
+    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
+
+
 def _read_origin(text: str) -> str:
     match = re.fullmatch(r"https?://([^/]+)", text, re.IGNORECASE)
     if not match or not _AUTHORITY.fullmatch(match[1]):
@@ -2970,8 +3237,12 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("-c", "--config")
     parser.add_argument("--timeout", type=seconds)
     parser.add_argument("--grace", type=seconds, default=5.0)
+    parser.add_argument("--stall", type=seconds, default=0.0)
+    parser.add_argument("--max-output", type=_read_size, default=0)
     parser.add_argument("--max-runs", type=number(int, 1, 1e6, "a whole number above 0"), default=64)
     parser.add_argument("--token-file")
+    parser.add_argument("--tls-cert", default="")
+    parser.add_argument("--tls-key", default="")
     parser.add_argument("--no-auth", action="store_true")
     parser.add_argument("--allow-host", action="append", default=[], type=_read_host)
     parser.add_argument("--allow-origin", action="append", default=[], type=_read_origin)
@@ -2979,7 +3250,10 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("-q", "--quiet", action="store_true")
     parser.add_argument("--version", action="version", version=f"streamlog {__version__}")
-    return parser.parse_intermixed_args(argv)
+    options = parser.parse_intermixed_args(argv)
+    if options.tls_key and not options.tls_cert:
+        raise ConfigError("--tls-key needs a --tls-cert that it belongs to")
+    return options
 
 
 def _load_token(options: argparse.Namespace) -> str:
@@ -3065,7 +3339,11 @@ def _make_settings(options: argparse.Namespace) -> Settings:
         port=int(options.port),
         timeout_seconds=options.timeout,
         grace_seconds=options.grace,
+        stall_seconds=options.stall,
         max_runs=int(options.max_runs),
+        max_output_bytes=options.max_output,
+        tls_cert=options.tls_cert,
+        tls_key=options.tls_key,
         token=_load_token(options),
         no_auth=options.no_auth,
         allow_hosts=options.allow_host,
@@ -3081,8 +3359,46 @@ def _configure_logging(options: argparse.Namespace) -> None:
     _log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
 
 
-def _handle_signals(server: Server) -> None:
-    """The first signal shuts the server down, the second one kills.
+def _take_listener() -> Optional[socket.socket]:
+    """The socket that systemd has opened for us, if it has (sd_listen_fds(3)). Raises ConfigError."""
+    count = os.environ.get("LISTEN_FDS", "0")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count == "0":
+        return None
+    if count != "1":
+        raise ConfigError(f"one socket is taken from systemd, and {count} are given: leave one ListenStream=")
+    try:
+        os.set_inheritable(3, False)
+        listener = socket.socket(fileno=3)
+        is_right = listener.type == socket.SOCK_STREAM and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        path = os.fsdecode(listener.getsockname()) if listener.family == socket.AF_UNIX else ""
+    except OSError as error:
+        raise ConfigError(f"the socket from systemd cannot be used: {error.strerror}") from None
+    if not is_right or path.startswith("\0"):  # an abstract socket has no mode that says who may connect
+        raise ConfigError("the socket from systemd must listen, and have a port or a path: ListenStream=, Accept=no")
+    if path and os.stat(path).st_mode & 0o007:
+        print(f"streamlog: warning: every user can connect to {path!r}: SocketMode=0600", file=sys.stderr)
+    return listener
+
+
+def _notify(state: str) -> None:
+    """Tell systemd how we are, if it wants to know (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with contextlib.suppress(OSError), contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
+            sock.settimeout(1)
+            sock.sendto(state.encode(), re.sub("^@", "\0", path))
+
+
+def _has_terminal() -> bool:
+    """Whether there is a terminal whose end would be told by SIGHUP."""
+    with contextlib.suppress(OSError):
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        return True
+    return False
+
+
+def _handle_signals(server: Server, reload_writer: Optional[int]) -> None:
+    """The first signal shuts the server down, the second one kills; SIGHUP wakes who reads the commands again.
 
     To handle TERM and INT also resets them for the commands, which would inherit them as ignored otherwise.
     """
@@ -3090,19 +3406,78 @@ def _handle_signals(server: Server) -> None:
     def on_signal(_number: int, _frame: object) -> None:
         (server.kill if server.is_closing else server.shutdown)()
 
+    def on_hangup(_number: int, _frame: object) -> None:
+        if reload_writer is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.write(reload_writer, b"\n")
+
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would lose every exit code (wait(2))
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-        numbers.append(signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-    for number in numbers:
-        signal.signal(number, on_signal)
+    handlers = {signal.SIGINT: on_signal, signal.SIGTERM: on_signal}
+    if reload_writer is not None:
+        handlers[signal.SIGHUP] = on_hangup
+    elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        handlers[signal.SIGHUP] = on_signal
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _reload(server: Server, options: argparse.Namespace) -> None:
+    """Read the commands again; those that are wrong leave the old ones in force."""
+    try:
+        commands = _load_commands(options)
+        server.replace(commands)
+    except Error as error:
+        _log.error("the commands stay as they were: %s", error)
+        return
+    for name, command in commands.items():
+        for warning in _warnings(command):
+            _log.warning("command %r: %s", name, warning)
+    _log.info("read %s again: %d commands", options.config, len(commands))
 
 
 def _print(*lines: str) -> None:
     """Print at once. A reader that has gone is no reason not to serve."""
     with contextlib.suppress(OSError):
         print(*lines, sep="\n", flush=True)
+
+
+def _announce(server: Server, commands: Mapping[str, Command], is_quiet: bool) -> None:
+    """Say where it listens, and how curl gets there."""
+    if server.reach is Reach.NETWORK and server.settings.no_auth and not server.settings.token:
+        _log.warning("anyone who reaches %s can run every command: those that change things should be POST", server.url)
+    if is_quiet:
+        _print(server.url)
+        return
+    authority = "localhost" if server.socket_path else server.url.partition("//")[2]
+    target = _target(server.settings, authority, server.socket_path)
+    lines = [_curl_line(target, name, command) for name, command in commands.items()]
+    _print(f"streamlog: listening on {server.url}", *lines)
+
+
+def _serve(server: Server, commands: Mapping[str, Command], options: argparse.Namespace) -> None:
+    """Serve until a signal, or the end of the session that started us."""
+    others = {}
+    if sys.argv[0] in ("", "-"):  # this program came by standard input, as from ssh: end when its stderr has no reader
+        others[2] = 0  # poll tells of a hang-up unasked
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        others[reader] = select.POLLIN
+        _handle_signals(server, None if options.config is None or _has_terminal() else writer)
+        _announce(server, commands, options.quiet)
+        _notify("READY=1")
+        while reader in server.serve_until(others) and not server.is_closing:
+            os.read(reader, 1024)
+            _reload(server, options)
+        _notify("STOPPING=1")
+        server.close()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # one more would spoil the exit code
+            signal.signal(number, signal.SIG_IGN)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -3119,31 +3494,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 print(f"streamlog: warning: command {name!r}: {warning}", file=sys.stderr)
         if options.check:
             return 0
-        settings = _make_settings(options)
-        server = Server(commands, settings)
+        server = Server(commands, _make_settings(options), _take_listener())
     except Error as error:
         print(f"streamlog: {error}", file=sys.stderr)
         return 2
     except (OSError, UnicodeError) as error:  # the latter for a host name that can be none
-        where, why = f"{options.bind}:{options.port}", getattr(error, "strerror", None) or error
+        where = options.bind if options.bind.startswith("unix:") else f"{options.bind}:{options.port}"
+        why = getattr(error, "strerror", None) or error
         print(f"streamlog: cannot listen on {where}: {why}; choose another with -b and -p", file=sys.stderr)
         return 2
     _configure_logging(options)
-    _handle_signals(server)
-    if settings.no_auth and not settings.token and not server.is_local:
-        _log.warning("anyone who reaches %s can run every command: those that change things should be POST", server.url)
-    if sys.argv[0] in ("", "-"):  # this program came by standard input, as from ssh: end with that session
-        server.stderr_guard = 2
-    if options.quiet:
-        _print(server.url)
-    else:
-        has_token = bool(settings.token)
-        lines = [_curl_line(server.url, name, command, has_token) for name, command in commands.items()]
-        _print(f"streamlog: listening on {server.url}", *lines)
-    server.serve_forever()
-    server.close()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # one more would spoil the exit code
-        signal.signal(number, signal.SIG_IGN)
+    _serve(server, commands, options)
     return 0
 
 

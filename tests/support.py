@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(ROOT / "streamlog.py")
 SOAK = int(os.environ.get("STREAMLOG_SOAK", "200"))
 IS_ROOT = os.geteuid() == 0
+CERTIFICATE = str(ROOT / "tests" / "localhost.pem")
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> Any:
@@ -81,15 +83,22 @@ class Answer(NamedTuple):
 
 
 class Raw:
-    """A client that sends any bytes and reads answers with no help from a library."""
+    """A client that sends any bytes and reads answers with no help from a library.
 
-    def __init__(self, address: tuple[str, int], receive_buffer: int = 0) -> None:
-        self.sock = socket.socket()
+    The address is a host and port, or the path of a unix socket.
+    """
+
+    def __init__(
+        self, address: Union[tuple[str, int], str], receive_buffer: int = 0, tls: Optional[ssl.SSLContext] = None
+    ) -> None:
+        self.sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
         self.sock.settimeout(15)
         if receive_buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         try:
             self.sock.connect(address)
+            if tls:
+                self.sock = tls.wrap_socket(self.sock, server_hostname="localhost", suppress_ragged_eofs=False)
         except BaseException:
             self.sock.close()
             raise
@@ -112,7 +121,7 @@ class Raw:
         """Take in what comes next; False at the end."""
         try:
             data = self.sock.recv(65536)
-        except ConnectionResetError:
+        except (ConnectionResetError, ssl.SSLEOFError):
             self.was_reset = True
             data = b""
         self.buffer += data
@@ -221,7 +230,7 @@ class ServerCase(unittest.TestCase):
         return server.start()
 
     def connect(self, server: streamlog.Server, **options: Any) -> Raw:
-        client = Raw(("127.0.0.1", server.port), **options)
+        client = Raw(server.socket_path or ("127.0.0.1", server.port), **options)
         self.addCleanup(client.sock.close)
         return client
 
@@ -264,10 +273,10 @@ class Program:
         )
         assert self.process.stdout
         self.first_line = self.process.stdout.readline()
-        found = re.search(r"http://(\S+):([0-9]+)", self.first_line)
+        found = re.search(r"https?://\S+:([0-9]+)|unix:", self.first_line)
         if not found:
             raise AssertionError(f"did not start: {self.first_line!r} {self.process.communicate(timeout=10)}")
-        self.port = int(found[2])
+        self.port = int(found[1] or 0)
 
     def __enter__(self) -> Program:
         return self
@@ -294,6 +303,11 @@ class Program:
         """Wait for the end; the exit code and what it wrote to stderr."""
         _, stderr = self.process.communicate(timeout=seconds)
         return self.process.returncode, stderr
+
+
+def trusting() -> ssl.SSLContext:
+    """What a client speaks TLS with that trusts the tests' certificate."""
+    return ssl.create_default_context(cafile=CERTIFICATE)
 
 
 def run_program(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

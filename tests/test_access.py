@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import streamlog
-from streamlog import Access, Command, Error, Settings
+from streamlog import Access, Command, Error, Reach, Settings
 
 from .support import Program, ServerCase, run_program
 from .test_requests import parse
@@ -32,7 +32,7 @@ class Headers(unittest.TestCase):
     ) -> bool:
         data = "\r\n".join([first, f"Host: {host}", *lines, "", ""]).encode()
         try:
-            Access(Settings(**settings), is_local).check(parse(data))
+            Access(Settings(**settings), Reach.LOOPBACK if is_local else Reach.NETWORK).check(parse(data))
         except Error as error:
             self.assertIn(error.status, (401, 403, 503))
             return False
@@ -131,7 +131,9 @@ class Tokens(ServerCase):
     def setUp(self) -> None:
         super().setUp()
         self.mark = self.folder / "mark"
-        self.server = self.serve({"x": f"!echo ran >> {self.mark}; echo $STREAMLOG_TOKEN"}, token=TOKEN)
+        self.server = self.serve(
+            {"x": f"!echo ran >> {self.mark}; echo $STREAMLOG_TOKEN"}, token=TOKEN, refusal_seconds=0
+        )
 
     def status(self, *headers: str, path: str = "/x", method: str = "GET") -> int:
         with self.connect(self.server) as client:
@@ -233,7 +235,7 @@ class Options(ServerCase):
         with self.assertRaisesRegex(streamlog.ConfigError, "set a token"):
             streamlog.Server({}, Settings(bind="0.0.0.0", port=0))
         with streamlog.Server({}, Settings(bind="0.0.0.0", port=0, token="t")) as server:
-            self.assertFalse(server.is_local)
+            self.assertIs(server.reach, Reach.NETWORK)
         with Program("-p", "0", "-b", "0.0.0.0", "--no-auth", "x=echo x") as program:
             program.process.terminate()
             self.assertIn("those that change things should be POST", program.end()[1])

@@ -54,7 +54,7 @@ class Heads(unittest.TestCase):
         (b"PRI * HTTP/2.0\r\n\r\n", 505),
         (head("GET x HTTP/1.1"), 400),
         (head("GET * HTTP/1.1"), 400),
-        (head("GET https://localhost/ HTTP/1.1"), 400),
+        (head("GET ftp://localhost/ HTTP/1.1"), 400),
         (head("GET http://a@b/ HTTP/1.1"), 400),
         (head("CONNECT localhost:80 HTTP/1.1"), 400),
         (head("GET http://localhost?x HTTP/1.1"), 400),
