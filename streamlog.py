@@ -1605,8 +1605,9 @@ def _watch_exit(pid: int) -> int:
 _Release = Callable[[], None]
 
 
-def _bytes_in_pipe(descriptor: int) -> int:
-    return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))[0])
+def _count_bytes(descriptor: int, queue: int) -> int:
+    """How much is in a descriptor's queue, which is termios.FIONREAD or TIOCOUTQ."""
+    return int(struct.unpack("i", fcntl.ioctl(descriptor, queue, b"\0" * 4))[0])
 
 
 def _living_group(pid: int) -> int:
@@ -1838,7 +1839,7 @@ class Run:
         """Take what is in the pipes now for the rest: whoever else holds them open is not waited for."""
         self._is_drained = True
         for descriptor in list(self.outputs):
-            self._owed[descriptor] = _bytes_in_pipe(descriptor)
+            self._owed[descriptor] = _count_bytes(descriptor, termios.FIONREAD)
             if not self._owed[descriptor]:
                 self._close_output(descriptor)
 
@@ -2297,6 +2298,7 @@ class Site:
     ) -> None:
         self._commands = dict(commands)
         self._settings = settings
+        self.max_runs = settings.max_runs
         self._socket_path = socket_path
         self.access = Access(settings, reach)
         self._lock = threading.Lock()  # guards the slots
@@ -2394,8 +2396,8 @@ class Site:
 
     def _take_slot(self, name: str, command: Command) -> None:
         with self._lock:
-            if sum(self._runs.values()) >= self._settings.max_runs:
-                raise _busy(f"{self._settings.max_runs} of {self._settings.max_runs} runs are going on")
+            if sum(self._runs.values()) >= self.max_runs:
+                raise _busy(f"{self.max_runs} of {self.max_runs} runs are going on")
             if command.max is not None and self._runs[name] >= command.max:
                 raise _busy(f"{command.max} of {command.max} runs of {name!r} are going on")
             self._runs[name] += 1
@@ -2458,6 +2460,8 @@ _BODY_SECONDS = 30.0
 _REPLY_SECONDS = 30.0
 # More threads than this are of no use on one machine; and a descriptor limit above it is not asked for.
 _DESCRIPTORS_MAX = 65536
+_OWN_DESCRIPTORS = 16  # of the server itself, and of a run that is being started
+_RUN_DESCRIPTORS = 3  # of a run that goes on: its outputs, and the watch for its exit
 _COMMON_HEADERS = (
     ("Server", "streamlog"),
     ("X-Content-Type-Options", "nosniff"),
@@ -2557,7 +2561,8 @@ class _Client:
         self.run: Optional[Run] = None
         self._tls = tls
         self._stall_seconds = stall_seconds or math.inf
-        self._moved_at = 0.0  # when the outbox was filled, or something was taken from it, at last
+        self._moved_at = 0.0  # when the outbox was filled, or something was taken, at last
+        self._queued_bytes = 0  # of what was taken from the outbox, those that the system still held then
         sock.setblocking(False)
 
     def fileno(self) -> int:
@@ -2585,7 +2590,7 @@ class _Client:
         if events & ~select.POLLOUT:
             self._receive()
         if self.outbox and time.monotonic() >= self.deadline:
-            self._lose(_CLIENT_STALLED)
+            self._check_stall()
 
     def send(self, data: bytes) -> None:
         """Send what the socket takes; the rest waits in the outbox."""
@@ -2628,9 +2633,22 @@ class _Client:
                 self.outbox = self.outbox[self.sock.send(self.outbox) :]
                 self._moved_at = time.monotonic()
         except BlockingIOError:
-            pass
+            self._queued_bytes = self._count_queued()
         except OSError:
             self._lose()
+
+    def _check_stall(self) -> None:
+        """Let the client go if it has taken nothing. The socket alone does not tell: it turns writable only once a good
+        part of what the system holds has been taken, which from a slow client can be minutes."""
+        before, self._queued_bytes, self._moved_at = self._queued_bytes, self._count_queued(), time.monotonic()
+        if self._queued_bytes >= before:
+            self._lose(_CLIENT_STALLED)
+
+    def _count_queued(self) -> int:
+        """What the system holds for the client, as far as it tells (tcp(7), SIOCOUTQ)."""
+        with contextlib.suppress(OSError):
+            return _count_bytes(self.fileno(), termios.TIOCOUTQ)
+        return 0
 
     def _receive(self) -> None:
         """Take in what has come. One who sends on and on while he is being answered is as good as gone: he cannot be
@@ -2803,16 +2821,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if "expect" in request.headers and not request.is_http_1_0 and not client.inbox and size <= limit:
             client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         deadline = time.monotonic() + _BODY_SECONDS
+        client.idle_since = time.monotonic()  # it makes room for others until its request is whole
         body = b""
         while True:
             body = body + chunks.take(client.inbox) if chunks else bytes(client.inbox[:size])
             if max(size, len(body)) > limit:
                 raise Error(f"the body may have {limit} bytes at most", 413)
             if chunks.is_over if chunks else len(body) == size:
-                del client.inbox[:size]
-                return body
+                break
             if not self._receive(deadline):
                 raise Error(f"the request's body must arrive within {_BODY_SECONDS:g} s", 408)
+        del client.inbox[:size]
+        if not self.server.claim(client):
+            raise _ClientGone
+        return body
 
     def _send_whole(self, request: Optional[Request], reply: Reply, is_reusable: bool) -> None:
         """Send an answer that is known beforehand."""
@@ -2991,8 +3013,13 @@ class Server(http.server.ThreadingHTTPServer):
             self.server_close()
             raise
         self._closing_writer: Optional[int] = writer
-        # Half the descriptors are for clients, and half for the pipes of their runs.
-        self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
+        # Half the descriptors are for clients, and half for their runs: or runs could shut all others out.
+        half = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
+        self._client_max = half
+        run_max = max(1, (half - _OWN_DESCRIPTORS) // _RUN_DESCRIPTORS)
+        if run_max < settings.max_runs:
+            _log.warning("of %d runs only %d have descriptors: ulimit -n", settings.max_runs, run_max)
+            self.site.max_runs = run_max
 
     def server_bind(self) -> None:
         """Bind, without the look-up of our own name that HTTPServer does: it can take half a minute."""

@@ -268,9 +268,8 @@ class Program:
 
     def __init__(self, *arguments: str, **options: Any) -> None:
         command = [sys.executable, PROGRAM, *arguments]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **{"cwd": ROOT, **options}
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, **{"cwd": ROOT, **pipes, **options})
         assert self.process.stdout
         self.first_line = self.process.stdout.readline()
         found = re.search(r"https?://\S+:([0-9]+)|unix:", self.first_line)
