@@ -50,9 +50,10 @@ what a client sees:
   ended by itself. A run that the server ended is cut without the final chunk (curl exits 18).
   When the client leaves, the command's process group gets SIGTERM, then SIGKILL.
   ?format=html is a page, sse are events, ndjson is an object a line (or by Accept). In text and
-  html ?timestamps=1 puts the time before each line, and ?heartbeat=SEC says after so long a
-  silence that the run goes on. ?footer=1 adds a last line with exit code and duration, as a
-  browser gets; ?footer=0 omits it. In a browser, / has a form for each command.
+  html ?timestamps=1 puts the time before each line, ?hostname=1 this machine's name (in ndjson
+  too), and ?heartbeat=SEC says after so long a silence that the run goes on. ?footer=1 adds a
+  last line with exit code and duration, as a browser gets; ?footer=0 omits it. In a browser, /
+  has a form for each command.
 """
 
 from __future__ import annotations
@@ -721,7 +722,7 @@ _TRAILER_BYTES = 8 * 1024
 
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
-_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
+_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")  # two repetitions in a row: quadratic
 _STRAY_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _SINGLE_HEADERS = frozenset({"host", "content-length", "content-type", "origin", "authorization", "expect"})
@@ -801,7 +802,7 @@ def _parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
         match = _HEADER_LINE.fullmatch(line)
         if not match:
             raise Error("a header line must be a name, a colon and a value")
-        name, value = match[1].decode("ascii").lower(), match[2].decode("latin-1").rstrip(" \t")
+        name, value = match[1].decode("ascii").lower(), match[2].decode("latin-1").strip(" \t")
         if name in headers and name in _SINGLE_HEADERS:
             raise Error(f"the header {name} may be sent once only")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -838,7 +839,10 @@ def _parse_target(method: str, target: str) -> tuple[str, str, str]:
     if not target.startswith("/") or "#" in target:
         raise Error("the URL must be a path that begins with '/'")
     path, _, query = target.partition("?")
-    return authority, _unquote(path), query
+    path = _unquote(path)
+    if re.search(r"[\0-\x1f\x7f]", path):
+        raise Error("the URL's path holds a control character")
+    return authority, path, query
 
 
 def _parse_head(head: bytes) -> Request:
@@ -988,6 +992,7 @@ class Options(NamedTuple):
     format: str = "text"
     notes: str = "cut"
     timestamps: bool = False
+    hostname: str = ""  # to say where a line is from
     heartbeat_seconds: float = math.inf
     title: str = ""
 
@@ -1053,17 +1058,19 @@ class Text(Format):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._at_line_start = True
-        if self._options.timestamps:
+        self._has_prefix = self._options.timestamps or bool(self._options.hostname)
+        if self._has_prefix:
             self.block_bytes = _BLOCK_MIN_BYTES
 
     def feed(self, stream: str, data: bytes) -> bytes:
         super().feed(stream, data)
         starts_line, self._at_line_start = self._at_line_start, data.endswith(b"\n")
-        if not self._options.timestamps:
+        if not self._has_prefix:
             return data
-        stamp = f"{self._stamp()} ".encode()
+        words = (self._options.timestamps and self._stamp(), self._options.hostname)
+        prefix = "".join(f"{word} " for word in words if word).encode()
         body = data[:-1] if self._at_line_start else data
-        return (stamp if starts_line else b"") + body.replace(b"\n", b"\n" + stamp) + data[len(body) :]
+        return (prefix if starts_line else b"") + body.replace(b"\n", b"\n" + prefix) + data[len(body) :]
 
     def pause(self) -> bytes:
         return self._note(self._still_running())
@@ -1155,12 +1162,15 @@ class Ndjson(_Lines):
 
     def _write(self, stream: str, lines: Sequence[str], is_partial: bool = False) -> str:
         quote = json.encoder.encode_basestring_ascii
-        head = f'{{"time": "{self._stamp()}", "stream": "{stream}", "line": '
+        host = f'"host": {quote(self._options.hostname)}, ' if self._options.hostname else ""
+        head = f'{{"time": "{self._stamp()}", {host}"stream": "{stream}", "line": '
         tail = ', "partial": true}\n' if is_partial else "}\n"
         return head + f"{tail}{head}".join(map(quote, lines)) + tail
 
     def _close(self, outcome: Outcome) -> str:
         end: dict[str, object] = {"time": self._stamp(), "exit_code": outcome.exit_code}
+        if self._options.hostname:
+            end["host"] = self._options.hostname
         if outcome.signal is not None:
             end["signal"] = outcome.signal
         return json.dumps({**end, "seconds": round(outcome.seconds, 3), "reason": outcome.reason or "exit"}) + "\n"
@@ -1330,7 +1340,7 @@ samp.n::before { counter-increment: none; content: "" }
 samp.n { color: var(--soft) }
 samp.e { color: var(--c1) }
 samp:has(+ .r), samp.z { display: none }
-time { color: var(--soft) }
+time, b { color: var(--soft) }
 """
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
@@ -1465,6 +1475,8 @@ class Html(Format):
     def _line_tag(self, stream: str, returned: str = "") -> str:
         classes = " ".join(filter(None, ["e" if stream == "stderr" else "", returned]))
         stamp = f"<time>{self._stamp()}</time> " if self._options.timestamps else ""
+        if self._options.hostname:
+            stamp += f"<b>{html.escape(self._options.hostname)}</b> "
         return (f'<samp class="{classes}">' if classes else "<samp>") + stamp + self._span(stream)
 
     def _span(self, stream: str) -> str:
@@ -1872,11 +1884,12 @@ class Run:
                 return True
             if self._is_number_reused():
                 return True
-            while os.waitpid(-self.pid, os.WNOHANG)[0]:  # orphans come to us where we are process 1: reap them
-                pass
         if _processes.has_living(self.pid, since=self._reaped_at):
             return False
         self._signal(signal.SIGKILL)  # for one that forked on while it was looked for; zombies do not mind
+        with self._lock, contextlib.suppress(ChildProcessError):
+            while os.waitpid(-self.pid, os.WNOHANG)[0]:  # orphans come to us where we are process 1: reap them
+                pass
         return True
 
     def _abandon(self) -> None:
@@ -1942,17 +1955,23 @@ class Access:
         """Raise Error for a request that may not be answered: before anything is looked up on its behalf."""
         self._check_host(request.host)
         self._check_site(request)
-        is_preflight = request.method == "OPTIONS" and self._is_allowed_origin(request)  # which carries no token
-        if self._token and not is_preflight and request.path != "/-/healthy":
+        if self._token and not self.is_preflight(request) and request.path != "/-/healthy":
             self._check_token(request.headers.get("authorization", ""))
 
-    def headers(self, request: Request) -> dict[str, str]:
+    def is_preflight(self, request: Request) -> bool:
+        """Whether the browser of an allowed page asks what it may: without a token, so that it is told nothing else."""
+        asks = request.method == "OPTIONS" and {"origin", "access-control-request-method"} <= request.headers.keys()
+        return asks and self._is_allowed_origin(request)
+
+    def headers(self, request: Optional[Request]) -> dict[str, str]:
         """What an answer says of the pages that may use it: of other origins, and in frames."""
         ancestors = " ".join(["'self'", *sorted(self._origins)])
         headers = {"Content-Security-Policy": f"frame-ancestors {ancestors}"}
         if self._origins:
             headers["Vary"] = "Origin"
-        if "origin" in request.headers and self._is_allowed_origin(request):
+        else:
+            headers["Cross-Origin-Resource-Policy"] = "same-origin"
+        if request and "origin" in request.headers and self._is_allowed_origin(request):
             headers["Access-Control-Allow-Origin"] = request.headers["origin"]
             headers.update(_CORS_HEADERS)
         return headers
@@ -2002,14 +2021,14 @@ class Access:
     def _check_token(self, authorization: str) -> None:
         """Refuse a request without the token, as Bearer or as the password of Basic (RFC 6750, RFC 7617)."""
         scheme, _, given = authorization.partition(" ")
-        offered = given.strip().encode("latin-1")
+        offered = given.strip(" \t").encode("latin-1")
         if scheme.lower() == "basic":
             try:
                 offered = base64.b64decode(offered, validate=True).partition(b":")[2]
             except ValueError:
                 offered = b""
         if scheme.lower() not in ("basic", "bearer") or not hmac.compare_digest(offered, self._token):
-            challenge = {"WWW-Authenticate": 'Basic realm="streamlog", charset="UTF-8", Bearer'}
+            challenge = {"WWW-Authenticate": 'Basic realm="streamlog", charset="UTF-8", Bearer realm="streamlog"'}
             raise Error("the token is missing or wrong: give it as curl -u :TOKEN does", 401, challenge)
 
 
@@ -2017,7 +2036,7 @@ class Access:
 # site: a request to a reply. Knows nothing of sockets
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-_SERVER_OPTIONS = ("format", "footer", "timestamps", "heartbeat")
+_SERVER_OPTIONS = ("format", "footer", "timestamps", "hostname", "heartbeat")
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _NDJSON_TYPES = frozenset({"application/x-ndjson", "application/jsonl", "application/json"})
 
@@ -2118,15 +2137,15 @@ _INDEX = """<!DOCTYPE html>
 allows six live connections to a host: with six tabs that show output, a seventh waits.</p></header>
 <main aria-label="Commands">
 COMMANDS</main>
-<aside aria-label="Output"><iframe name="view" title="Output" src="/-/idle"></iframe></aside>
+<aside aria-label="Output"><iframe name="view" title="Output" src="-/idle"></iframe></aside>
 </body></html>
 """
 _COMMAND = """<section aria-labelledby="NAME"><h2 id="NAME">NAME POST</h2>
 <p>ABOUT</p>
 <p><code tabindex="0">LINE</code></p>
-<form action="/NAME" method="METHOD" target="view">FIELDS
+<form action="NAME" method="METHOD" target="view">FIELDS
 <div class="row"><button class="start" aria-label="Start NAME">Start</button>
-<button formaction="/-/idle" formmethod="get" formnovalidate aria-label="Stop NAME">Stop</button>
+<button formaction="-/idle" formmethod="get" formnovalidate aria-label="Stop NAME">Stop</button>
 <button formtarget="_blank" aria-label="Open NAME in its own tab">Own tab</button></div></form>
 <details><summary>curl</summary><input class="curl" readonly aria-label="curl line for NAME" value="CURL"></details>
 </section>
@@ -2175,7 +2194,7 @@ def _read_options(command: Command, request: Request, given: Mapping[str, str]) 
         raise Error(f"parameter 'format' must be {', '.join(_FORMATS)}: {given['format'][:200]!r}")
     if not command.is_plain_text and given.get("format", "text") != "text":
         raise Error(f"parameter 'format' is of no use: the output is {command.type} as it is")
-    for switch in ("footer", "timestamps"):
+    for switch in ("footer", "timestamps", "hostname"):
         if given.get(switch, "1") not in ("", "0", "1"):
             raise Error(f"parameter {switch!r} must be 0 or 1: {given[switch][:200]!r}")
     heartbeat = given.get("heartbeat", "")
@@ -2186,7 +2205,8 @@ def _read_options(command: Command, request: Request, given: Mapping[str, str]) 
     notes = "always" if "text/html" in request.accepted else "cut"
     if "footer" in given:
         notes = "never" if given["footer"] == "0" else "always"
-    return Options(format_, notes, given.get("timestamps", "0") != "0", float(heartbeat or "inf"))
+    hostname = socket.gethostname() if given.get("hostname", "0") != "0" else ""
+    return Options(format_, notes, given.get("timestamps", "0") != "0", hostname, float(heartbeat or "inf"))
 
 
 def _busy(what: str) -> Error:
@@ -2324,6 +2344,8 @@ class Site:
         than the limit is an Error.
         """
         self.access.check(request)
+        if self.access.is_preflight(request):
+            return Reply(204, {})
         command = self._commands.get(request.path[1:])
         page = None if command else self._pages.get(request.path)
         if command is None and page is None:
@@ -2346,9 +2368,12 @@ class Site:
 
     def _run(self, name: str, command: Command, request: Request, read_body: Callable[[int], bytes]) -> Reply:
         fields = list(_parse_query(request.query))
-        if request.has_body:
-            fields += _parse_form(request, read_body)
         values, given = self._sort_fields(name, command, fields)
+        if request.has_body:
+            with self._lock:
+                self._check_slot(name, command)
+            fields += _parse_form(request, read_body)
+            values, given = self._sort_fields(name, command, fields)
         options = _read_options(command, request, given)._replace(title=f"{name}: {command.command}")
         launch = command.bind(name, values, stderr="merge" if options.format == "text" else "separate")
         class_, type_ = _FORMATS[options.format]
@@ -2360,15 +2385,21 @@ class Site:
             return Reply(204, headers)
         if request.method == "HEAD":
             return Reply(200, headers)
-        run = self._start(name, command, launch)
-        said = _printable(f"{shlex.join(launch.argv)} {values}".encode(errors="replace"))
-        _log.debug("started %s as %d: %s", name, run.pid, said)
         format_ = class_(options) if command.is_plain_text else Format()
+        said = _printable(f"{shlex.join(launch.argv)} {values}".encode(errors="replace"))
+        run = self._start(name, command, launch)
+        try:
+            _log.debug("started %s as %d: %s", name, run.pid, said)
+        except BaseException:  # a program that embeds us may have filters of its own
+            run.close()
+            raise
         return Reply(200, headers, run=run, format=format_, name=name)
 
     def _start(self, name: str, command: Command, launch: Launch) -> Run:
         timeout = self._settings.timeout_seconds if command.timeout is None else command.timeout
-        self._take_slot(name, command)
+        with self._lock:
+            self._check_slot(name, command)
+            self._runs[name] += 1
         try:
             return Run(launch, self._settings, timeout, lambda: self._free_slot(name))
         except BaseException:
@@ -2394,13 +2425,12 @@ class Site:
             target[key] = value
         return values, options
 
-    def _take_slot(self, name: str, command: Command) -> None:
-        with self._lock:
-            if sum(self._runs.values()) >= self.max_runs:
-                raise _busy(f"{self.max_runs} of {self.max_runs} runs are going on")
-            if command.max is not None and self._runs[name] >= command.max:
-                raise _busy(f"{command.max} of {command.max} runs of {name!r} are going on")
-            self._runs[name] += 1
+    def _check_slot(self, name: str, command: Command) -> None:
+        """Refuse a run for which there is no slot now. To be called with the lock."""
+        if sum(self._runs.values()) >= self.max_runs:
+            raise _busy(f"{self.max_runs} of {self.max_runs} runs are going on")
+        if command.max is not None and self._runs[name] >= command.max:
+            raise _busy(f"{command.max} of {command.max} runs of {name!r} are going on")
 
     def _free_slot(self, name: str) -> None:
         with self._lock:
@@ -2466,6 +2496,7 @@ _COMMON_HEADERS = (
     ("Server", "streamlog"),
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "SAMEORIGIN"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
     (
         "Referrer-Policy",
         "same-origin",
@@ -2614,18 +2645,13 @@ class _Client:
             self.sock.shutdown(socket.SHUT_WR)
 
     def settle(self, deadline: float, closing: int) -> None:
-        """Wait until the client has taken everything, or has gone, or the deadline is over.
-
-        Where there is no deadline, a server that is closing sets one.
-        """
+        """Wait until the client has taken all, or has gone, or its time is over: soon, where the server closes."""
+        others = {closing: select.POLLIN}
         while self.outbox and time.monotonic() < deadline:
-            watched = {self.fileno(): self.events}
-            if deadline == math.inf:
-                watched[closing] = select.POLLIN
-            ready = _poll(watched, min(deadline, self.deadline))
+            ready = _poll({self.fileno(): self.events, **others}, min(deadline, self.deadline))
             self.turn(ready.pop(self.fileno(), 0))
             if ready:
-                deadline = time.monotonic() + _CUT_SECONDS
+                others, deadline = {}, min(deadline, time.monotonic() + _CUT_SECONDS)
 
     def _flush(self) -> None:
         try:
@@ -2728,6 +2754,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             client.close(is_reset=True)
             return
         client.end()
+        client.inbox.clear()  # one that is full would take its client for gone
         deadline = time.monotonic() + _LINGER_SECONDS
         with contextlib.suppress(_ClientGone):
             while self._receive(deadline):
@@ -2747,10 +2774,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             started = time.monotonic()
             first_line = first_line or bytes(self._client.inbox).partition(b"\r\n")[0]
             reply = _text_reply(f"{error}\n", error.status, error.headers)
-        if request is not None:
-            if reply.status == 401 and "authorization" in request.headers:
-                self._hold_back()
-            reply = reply._replace(headers=_join_headers(reply.headers, self.server.site.access.headers(request)))
+        if request is not None and reply.status == 401 and "authorization" in request.headers:
+            self._hold_back()
         self._body_bytes = 0
         is_reusable = request is not None and not request.wants_close and not request.has_body
         if reply.run is None or request is None:
@@ -2836,9 +2861,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise _ClientGone
         return body
 
+    def _headers(self, request: Optional[Request], reply: Reply) -> dict[str, str]:
+        """The headers of an answer: its own, and what is said of those who may use it."""
+        return _join_headers(reply.headers, self.server.site.access.headers(request))
+
     def _send_whole(self, request: Optional[Request], reply: Reply, is_reusable: bool) -> None:
         """Send an answer that is known beforehand."""
-        headers = dict(reply.headers)
+        headers = self._headers(request, reply)
         is_head = request is not None and request.method == "HEAD"
         if reply.status != 204 and not (is_head and reply.status == 200):
             headers["Content-Length"] = str(len(reply.body))
@@ -2857,7 +2886,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             framing.update({"Transfer-Encoding": "chunked", "Trailer": "Exit-Code"})
         try:
             self._must_reset = not is_chunked  # for HTTP/1.0 a close would be the proper end of any answer
-            client.send(_head_bytes(reply.status, {**reply.headers, **framing}, is_reusable))
+            client.send(_head_bytes(reply.status, {**self._headers(request, reply), **framing}, is_reusable))
             self._write(format_.start(), is_chunked)
             self._pump(run, format_, is_chunked)
             outcome = run.outcome
@@ -2969,6 +2998,7 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = 1024
+    allow_reuse_port = False  # a second server at the same address is a mistake
 
     def __init__(
         self,
@@ -3138,7 +3168,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Turn a client away. What it has sent is read first, for a close would reset the connection otherwise."""
         if client.is_ready:
             client.turn(select.POLLIN)
-            headers = {"Content-Length": "0", "Retry-After": "1"}
+            headers = {"Content-Length": "0", "Retry-After": "1", **self.site.access.headers(None)}
             client.send(_head_bytes(503, headers, is_reusable=False))
             client.end()
         client.close()
@@ -3471,8 +3501,10 @@ def _print(*lines: str) -> None:
 
 def _announce(server: Server, commands: Mapping[str, Command], is_quiet: bool) -> None:
     """Say where it listens, and how curl gets there."""
-    if server.reach is Reach.NETWORK and server.settings.no_auth and not server.settings.token:
+    if server.reach is Reach.NETWORK and not server.settings.token:
         _log.warning("anyone who reaches %s can run every command: those that change things should be POST", server.url)
+    elif server.reach is Reach.NETWORK and not server.settings.tls_cert:
+        _log.warning("the token goes to %s in the clear: use --tls-cert, or a proxy with TLS in front", server.url)
     if is_quiet:
         _print(server.url)
         return

@@ -1,10 +1,12 @@
 """Run by test_runs in a namespace of its own, where the number of the next process can be set.
 
-Again and again a run ends, a stranger is given its number, and whatever could still signal the group is called.
+Again and again a run's leader ends and its group is killed unseen; a stranger is given the number, and whatever could
+still signal the group is called.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -17,21 +19,35 @@ def set_next_pid(pid: int) -> None:
         file.write(str(pid - 1))
 
 
+def leave_group() -> Run:
+    """A run whose leader is reaped, and which does not know that the rest of its group has gone."""
+    script = "!(trap '' TERM; sleep 300) >/dev/null 2>&1 & sleep 0.01"
+    run = Run(Command(script).bind("x", {}), Settings(grace_seconds=60), None, lambda: None)
+    while not run.is_over:
+        for descriptor in run.wait({}):
+            run.read(descriptor)
+    os.killpg(run.pid, 9)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-run.pid, 0)  # orphans come to us
+    return run
+
+
 def main(count: int) -> None:
     survived = 0
     while survived < count:
-        run = Run(Command("true").bind("x", {}), Settings(grace_seconds=0.1), None, lambda: None)
-        while not run.is_over:
-            for descriptor in run.wait({}):
-                run.read(descriptor)
+        run = leave_group()
         set_next_pid(run.pid)
         stranger = subprocess.Popen(["sleep", "300"], start_new_session=True)
         if stranger.pid == run.pid:  # else somebody else was faster
             run.kill()
-            run._terminate()
-            run.close()
+            run._signal(15)
+            run._check_group()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                stranger.wait(0.002)
             assert stranger.poll() is None, "the stranger was hit"
             survived += 1
+        run.close()
         os.killpg(stranger.pid, 9)
         stranger.wait()
     print(survived, "survived")

@@ -86,10 +86,10 @@ class Bounds(ServerCase):
         )
         answer = self.fetch(server, "/right")
         self.assertEqual((answer.is_whole, len(answer.body)), (True, 100_000))
+        ended = 'end="output limit of 100000 bytes"'
         for path in ("/over", "/yes"):
             with self.log_of() as logged:
                 answer = self.fetch(server, path)
-                ended = 'end="output limit of 100000 bytes"'
                 wait_until(lambda logged=logged: ended in "".join(logged.output), "it is logged")  # type: ignore[misc]
             output, note = answer.body[:100_000], answer.body[100_000:]
             self.assertFalse(answer.is_whole)

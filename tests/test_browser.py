@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 from streamlog import Command
 
 from . import browser
-from .support import ServerCase, is_alive, pids_in, wait_until
+from .support import CERTIFICATE, ServerCase, is_alive, pids_in, wait_until
 
 TEXT = "document.body ? document.body.innerText : ''"
 LINES = "Array.from(document.querySelectorAll('samp')).filter(p => p.offsetHeight).map(p => p.innerText.trimEnd())"
@@ -56,6 +57,38 @@ class BrowserCase(ServerCase):
         """The number that a command has written to a file."""
         wait_until(lambda: path.exists() and path.read_text().strip(), "the command has started")
         return next(pids_in(path.read_bytes()))
+
+
+class Tokens(BrowserCase):
+    def test_a_browser_asks_for_the_token_and_uses_it_for_the_frames_and_forms_too(self) -> None:
+        server = self.serve({"x": Command("!echo hello; sleep 300", method="POST")}, token="secret")
+        self.browser.open(f"http://:secret@127.0.0.1:{server.port}/")
+        self.see("document.title.startsWith('streamlog')", "the page")
+        self.browser.run("document.querySelector('button.start').click()")
+        self.see("frames[0].document.body.textContent.includes('hello')", "the output")
+
+    def test_a_page_of_an_allowed_origin_reads_a_run_by_the_token_and_no_other_page_does(self) -> None:
+        page = Command("echo '<!DOCTYPE html><title>page</title>'", type="text/html")
+        allowed, other = self.serve({"page": page}), self.serve({"page": page})
+        server = self.serve({"x": "echo hello"}, token="secret", allow_origins=[allowed.url])
+        script = (
+            f"void fetch('{server.url}/x', {{headers: {{Authorization: 'Bearer secret'}}}})"
+            ".then(answer => answer.text()).then(text => window.got = text, error => window.got = 'refused')"
+        )
+        for origin, got in ((allowed, "hello\n"), (other, "refused")):
+            self.browser.open(f"{origin.url}/page")
+            self.see("document.title == 'page'", "the page")
+            self.browser.run(script)
+            self.assertEqual(self.see("window.got", "an answer"), got)
+
+
+class Encrypted(BrowserCase):
+    def test_a_page_and_its_forms_work_over_tls(self) -> None:
+        server = self.serve({"x": Command("!echo hello; sleep 300", method="POST")}, tls_cert=CERTIFICATE)
+        self.browser.open(f"{server.url}/")
+        self.see("document.title.startsWith('streamlog')", "the page")
+        self.browser.run("document.querySelector('button.start').click()")
+        self.see("frames[0].document.body.textContent.includes('hello')", "the output")
 
 
 class LiveText(BrowserCase):
@@ -408,6 +441,20 @@ class Clients(ServerCase):
         body = self.fetch(server, "/x?heartbeat=0.2").body
         self.assertRegex(body, rb"^a\n\[still running, silent for 0\.2 s\]\n\[still running, silent for 0\.4 s\]\nb\n$")
         self.assertIn(b"silent for 0.2 s", self.fetch(server, "/x?heartbeat=0.2&format=html").body)
+
+    def test_a_line_says_which_machine_it_is_from_where_that_is_asked_for(self) -> None:
+        name = socket.gethostname()
+        server = self.serve({"x": "printf 'a\\nb'"})
+        for query, expected in (
+            ("hostname=1", f"{name} a\n{name} b"),
+            ("hostname=0", "a\nb"),
+            ("hostname=1&format=html", f"<samp><b>{name}</b> a\n</samp><samp><b>{name}</b> b"),
+            ("hostname=1&format=ndjson", f'"host": "{name}", "stream": "stdout", "line": "b"'),
+        ):
+            with self.subTest(query=query):
+                self.assertIn(expected.encode(), self.fetch(server, f"/x?{query}").body)
+        both = self.fetch(server, "/x?hostname=1&timestamps=1").body.decode()
+        self.assertRegex(both, rf"^\S+T\S+ {name} a\n\S+T\S+ {name} b$")
 
     def test_timestamps_have_milliseconds_and_a_zone(self) -> None:
         server = self.serve({"x": "!echo a; echo b"})

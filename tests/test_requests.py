@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unittest
 
 import streamlog
@@ -128,6 +129,14 @@ class Heads(unittest.TestCase):
                         if end:
                             streamlog._parse_head(bytes(inbox[:end]))
                 self.assertEqual(caught.exception.status, status)
+
+    def test_a_head_takes_little_time_however_it_is_made(self) -> None:
+        # A pattern with two repetitions in a row once took 14 s for the first of these, and held up every thread.
+        for junk in (b"X:" + b" " * 65000 + b"\0", b"X: " + b"\t " * 32000 + b"\x7f", b"X" * 65000, b":" * 65000):
+            started = time.process_time()
+            with self.assertRaises(Error):
+                parse(head()[:-2] + junk + b"\r\n\r\n")
+            self.assertLess(time.process_time() - started, 0.2, junk[:9])
 
     def test_a_head_without_its_empty_line_is_no_request(self) -> None:
         for data in (b"", b"GET", b"GET / HTTP/1.1\r\nHost: localhost\r\nX", head()[:-1], head()[:-2]):

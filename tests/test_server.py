@@ -22,7 +22,19 @@ from unittest import mock
 import streamlog
 from streamlog import Command
 
-from .support import IS_ROOT, ROOT, SOAK, Raw, ServerCase, descriptors, is_alive, pids_in, resident_bytes, wait_until
+from .support import (
+    IS_ROOT,
+    ROOT,
+    SOAK,
+    Answer,
+    Raw,
+    ServerCase,
+    descriptors,
+    is_alive,
+    pids_in,
+    resident_bytes,
+    wait_until,
+)
 
 # Writes until neither the pipe nor the reader has taken anything for a while, and ends.
 FILL = """import os, select
@@ -96,14 +108,15 @@ class Answers(ServerCase):
             ("GET", "/nothing", 404, "there is nothing at '/nothing'; the commands are: get, post, missing"),
             ("GET", "/get/", 404, "nothing at '/get/'"),
             ("GET", "/GET", 404, "nothing at '/GET'"),
-            ("GET", "/%67et%00", 404, r"nothing at '/get\x00'"),
+            ("GET", "/%67et%00", 400, "holds a control character"),
+            ("GET", "/get%1b[2J", 400, "holds a control character"),
             ("GET", "//get", 404, "nothing at '//get'"),
             ("GET", "/-/nothing", 404, "nothing at"),
             (
                 "GET",
                 "/get?z=1",
                 400,
-                "'get' has no parameter 'z'; known are: x, y, format, footer, timestamps, heartbeat",
+                "'get' has no parameter 'z'; known are: x, y, format, footer, timestamps, hostname, heartbeat",
             ),
             ("GET", "/get?x=1&x=2", 400, "parameter 'x' of 'get' is given twice"),
             ("GET", "/get?footer=1&footer=1", 400, "parameter 'footer' of 'get' is given twice"),
@@ -144,16 +157,82 @@ class Answers(ServerCase):
         self.assertFalse(mark.exists())
 
     def test_every_answer_carries_the_headers_that_keep_a_browser_in_bounds(self) -> None:
-        server = self.serve({"x": "true"})
-        for path in ("/", "/x", "/nothing", "/x?a=b"):
-            headers = self.fetch(server, path).headers
-            for name, value in (
-                ("x-content-type-options", "nosniff"),
-                ("x-frame-options", "SAMEORIGIN"),
-                ("referrer-policy", "same-origin"),
-                ("cache-control", "no-cache, no-store"),
-            ):
-                self.assertEqual(headers.get(name), value)
+        server = self.serve({"x": "true", "busy": Command("true", max=1), "none": "no-such-program"}, token="t")
+        self.enterContext_(mock.patch.object(server, "_client_max", 1))
+        server.site._runs["busy"] = 1
+        right = "Authorization: Bearer t"
+        for path, headers, status in (
+            ("/", [right], 200),
+            ("/x", [right], 200),
+            ("/favicon.ico", [right], 204),
+            ("/x?a=b", [right], 400),
+            ("/x%", [right], 400),
+            ("/", [], 401),
+            ("/", ["Origin: null"], 403),
+            ("/nothing", [right], 404),
+            ("/" + "x" * 20000, [right], 414),
+            ("/", ["X: " + "x" * 70000], 431),
+            ("/none", [right], 500),
+            ("/busy", [right], 503),
+        ):
+            answer = self.fetch(server, path, headers=headers)
+            self.assertEqual(answer.status, status)
+            self.assert_in_bounds(answer)
+            wait_until(lambda: not server._clients, "it is gone")
+        with self.connect(server):
+            (busy,) = wait_until(lambda: list(server._clients), "it is there")
+            server.claim(busy)
+            with self.connect(server) as client:
+                refused = client.read_answer()
+        self.assertEqual(refused.status, 503)
+        self.assert_in_bounds(refused)
+
+    def assert_in_bounds(self, answer: Answer) -> None:
+        for name, value in (
+            ("x-content-type-options", "nosniff"),
+            ("x-frame-options", "SAMEORIGIN"),
+            ("content-security-policy", "frame-ancestors 'self'"),
+            ("cross-origin-resource-policy", "same-origin"),
+            ("cross-origin-opener-policy", "same-origin"),
+            ("referrer-policy", "same-origin"),
+            ("cache-control", "no-cache, no-store"),
+        ):
+            self.assertIn(value, answer.headers.get(name, ""), f"{name} of {answer.status}")
+
+    def test_a_path_has_one_spelling(self) -> None:
+        mark = self.folder / "mark"
+        server = self.serve({"x": f"touch {mark}"}, token="t")
+        for path in (
+            "/%2578",
+            "/a/../x",
+            "/%2e%2e/x",
+            "/./x",
+            "/x%2f",
+            "/%2fx",
+            "/x;y",
+            "/X",
+            "/-/healthy/../x",
+            "//x",
+        ):
+            for headers, status in (([], 401), (["Authorization: Bearer t"], 404)):
+                self.assertEqual(self.fetch(server, path, headers=headers).status, status, path)
+        self.assertFalse(mark.exists())
+
+    def test_headers_and_bare_queries_reach_no_command(self) -> None:
+        server = self.serve({"env": "env", "sh": '!echo "$PATH" {PATH:text=a}'})
+        lies = ["Proxy: http://evil", "X-Forwarded-For: evil", "X-Forwarded-Host: evil", "Forwarded: host=evil"]
+        self.assertNotIn(b"evil", self.fetch(server, "/env", headers=lies).body)
+        self.assertTrue(self.fetch(server, "/sh?PATH=evil").body.startswith(os.environ["PATH"].encode()))
+        self.assertEqual(self.fetch(server, "/env?-s").status, 400)
+
+    def test_a_clock_that_jumps_ends_nothing(self) -> None:
+        server = self.serve({"x": Command("!echo; sleep 0.3; echo done", timeout=30)}, idle_seconds=30)
+        with self.connect(server) as client:
+            client.get("/x")
+            client.read_head()
+            client.read_chunk()
+            with mock.patch("time.time", return_value=time.time() + 1e6):
+                self.assertEqual((client.read_chunk(), client.read_chunk()), (b"done\n", None))
 
     def test_the_health_address_says_two_bytes(self) -> None:
         self.assertEqual(self.fetch(self.serve({}), "/-/healthy").body, b"ok")
@@ -169,7 +248,9 @@ class Forms(ServerCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.server = self.serve({"p": Command("echo {a} {b:text=none}", method="POST")})
+        busy = Command("true", method="POST", max=1)
+        self.server = self.serve({"p": Command("echo {a} {b:text=none}", method="POST"), "busy": busy})
+        self.server.site._runs["busy"] = 1
 
     def test_a_form_s_fields_are_parameters(self) -> None:
         for body in (b"a=1&b=x+y%21", b"b=x+y%21&a=1"):
@@ -227,10 +308,38 @@ class Forms(ServerCase):
             self.assertEqual(client.read_head()[0], 100)
             client.send(b"a=1")
             self.assertEqual(client.read_answer().body, b"1 none\n")
-        for path, length, status in (("/none", 3, 404), ("/p", 10**9, 413)):
+        for path, length, status in (("/none", 3, 404), ("/p", 10**9, 413), ("/p?nope=1", 3, 400), ("/busy", 3, 503)):
             with self.connect(self.server) as client:
                 client.get(path, "POST", [self.FORM, "Expect: 100-continue", f"Content-Length: {length}"])
                 self.assertEqual(client.read_answer().status, status)
+        with self.connect(self.server) as client:  # HTTP/1.0 knows no interim answers
+            client.get("/p", "POST", [self.FORM, "Expect: 100-continue", "Content-Length: 3"], "1.0")
+            client.send(b"a=1")
+            self.assertEqual(client.read_answer().status, 200)
+
+    def test_nothing_behind_a_refused_body_is_run(self) -> None:
+        mark = self.folder / "mark"
+        server = self.serve({"mark": f"touch {mark}", "p": Command("true", method="POST")})
+        tail = b"GET /mark HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        length = f"Content-Length: {len(tail)}"
+        for method, path, lines in (
+            ("PUT", "/p", [length]),
+            ("TRACE", "/mark", [length]),
+            ("GET", "/mark", [length]),
+            ("POST", "/p", [length, "Origin: http://evil.test"]),
+            ("POST", "/p", [length, "Expect: x"]),
+            ("POST", "/p", ["Transfer-Encoding: gzip"]),
+            ("POST", "/p", ["Transfer-Encoding: chunked", length]),
+            ("POST", "/p", [self.FORM, "Content-Length: 0"]),  # sound: what follows is the next request
+        ):
+            with self.subTest(method=method, lines=lines), self.connect(server) as client:
+                client.get(path, method, lines)
+                is_sound = lines[-1].endswith(" 0")
+                client.send(tail.replace(b"/mark", b"/none") if is_sound else tail)
+                client.sock.shutdown(socket.SHUT_WR)
+                self.assertTrue(client.is_closed())
+                self.assertLessEqual(client.buffer.count(b"HTTP/1.1 "), 1 + is_sound)
+        self.assertFalse(mark.exists())
 
     def test_an_aborted_form_runs_nothing(self) -> None:
         with self.assertLogs("streamlog") as logged, self.connect(self.server) as client:
@@ -262,6 +371,14 @@ class Forms(ServerCase):
                         client.send(bytes(1_000_000))
                 client.sock.settimeout(5)
                 self.assertEqual(client.read_answer().status, 404)
+
+    def test_a_head_that_is_too_long_is_refused_while_more_comes(self) -> None:
+        with self.connect(self.server) as client:
+            client.send(b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 12000)
+            for _ in range(20):
+                client.send(b"A: b\r\n" * 100)  # a reset would break this off
+                time.sleep(0.01)
+            self.assertEqual(client.read_answer().status, 431)
 
 
 class Index(ServerCase):
@@ -298,7 +415,7 @@ class Index(ServerCase):
         self.assertIn("default-src 'none'", answer.headers["content-security-policy"])
         page = answer.body.decode()
         self.assertIn("Follow &lt;a&gt; log", page)
-        self.assertIn('<form action="/logs" method="get" target="view">', page)
+        self.assertIn('<form action="logs" method="get" target="view">', page)
         self.assertIn('<input type="number" name="lines" value="100" title="must be int" required>', page)
         self.assertIn('<select name="file"><option>syslog</option>', page)
         self.assertIn('<input type="text" name="unit" title="must be word (letters, digits', page)
@@ -356,6 +473,22 @@ class Streaming(ServerCase):
                 client.get("/x")
                 client.read_answer()
             self.assertLess((time.monotonic() - started) / 20, 0.03)
+
+    def test_three_hundred_connections_at_the_same_moment_are_all_answered(self) -> None:
+        server = self.serve({})
+        start = threading.Barrier(300)
+        found = []
+
+        def fetch() -> None:
+            start.wait()
+            found.append(self.fetch(server, "/-/healthy").status)
+
+        threads = [threading.Thread(target=fetch) for _ in range(300)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(found, [200] * 300)
 
     def test_two_hundred_clients_at_once_each_get_their_own(self) -> None:
         server = self.serve({"x": "!echo {n:int}; sleep 0.2; echo {n}"}, max_runs=200)
@@ -623,6 +756,14 @@ class Limits(ServerCase):
         self.assertIn("ZeroDivisionError", logged.output[0])
         wait_until(lambda: not any(server.site._runs.values()), "the slot is free")
 
+    def test_a_bug_right_after_a_start_leaves_no_run(self) -> None:
+        server = self.serve({"x": "sleep 300"})
+        for target in ("streamlog._head_bytes", "streamlog._log.debug", "streamlog._join_headers"):
+            with mock.patch(target, side_effect=ZeroDivisionError), self.assertLogs("streamlog", "ERROR") as logged:
+                self.assertRaises(EOFError, self.fetch, server, "/x")
+                wait_until(lambda logged=logged: logged.output, "the bug is logged", 2)  # type: ignore[misc]
+            self.assertFalse(any(server.site._runs.values()), target)
+
     def test_a_header_is_never_broken_out_of(self) -> None:
         for value in ("a\r\nb", "a\nb", "a\0", "\x85"):
             with self.assertRaises(ValueError):
@@ -786,6 +927,17 @@ class Closings(ServerCase):
                 self.assertLess(time.process_time() - used, 1)
                 self.assertIn('end="the server is shutting down"', "".join(logged.output))
                 self.assertFalse(client.read_answer().is_whole)
+
+    def test_a_client_that_does_not_read_a_long_page_does_not_hold_up_a_close(self) -> None:
+        server = self.serve({f"c{n}": Command("true", about="x" * 5000) for n in range(800)})
+        client = self.connect(server, receive_buffer=4096)
+        client.get("/")
+        (held,) = wait_until(lambda: list(server._clients), "it is there")
+        wait_until(lambda: held.outbox, "it does not take it all")
+        started = time.monotonic()
+        server.close()
+        self.assertLess(time.monotonic() - started, 1.5)
+        self.assertFalse(server._clients)
 
     def test_kill_ends_without_grace(self) -> None:
         server = self.serve({"x": "!trap '' TERM; echo; while :; do sleep 0.05; done"}, grace_seconds=60)

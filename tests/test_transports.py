@@ -128,16 +128,15 @@ class Tcp(ServerCase):
         self.assertTrue(client.is_closed())
 
     def test_clients_that_leave_in_a_flood_of_output_leave_nothing(self) -> None:
-        server = self.listen({"yes": "yes"}, max_runs=4)
+        server = self.listen({"yes": "yes"}, max_runs=1000)
 
         def loop() -> None:
             for _ in range(max(10, SOAK // 2)):
                 client = self.join(server)
                 client.get("/yes")
-                if client.more():
-                    client.more()
+                self.assertEqual(client.read_head()[0], 200)
+                client.read_chunk()
                 client.reset()
-                client.sock.close()
 
         threads = [threading.Thread(target=loop) for _ in range(2)]
         for thread in threads:
@@ -345,7 +344,7 @@ class Unix(Tcp):
         with Program("-b", f"unix:{path}", "x=echo x") as program:
             assert program.process.stdout
             line = program.process.stdout.readline()
-            self.assertEqual(subprocess.run(f"{line} -s", shell=True, stdout=-1, text=True).stdout, "x\n")
+            self.assertEqual(subprocess.run(f"{line.strip()} -s", shell=True, stdout=-1, text=True).stdout, "x\n")
             curl = ["curl", "-s", "--unix-socket", str(path)]
             self.assertIn(line, subprocess.run([*curl, "http://localhost/"], stdout=-1, text=True).stdout)
             by_proxy = subprocess.run([*curl, "http://box.example/"], stdout=-1, text=True).stdout
