@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import resource
 import socket
@@ -13,13 +14,26 @@ import threading
 import time
 import unittest
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Optional
 from unittest import mock
 
 import streamlog
 from streamlog import Command
 
-from .support import PROGRAM, ROOT, Program, Raw, ServerCase, is_alive, pids_in, resident_bytes, wait_until
+from .support import (
+    PROGRAM,
+    ROOT,
+    SOAK,
+    Program,
+    Raw,
+    ServerCase,
+    descriptors,
+    is_alive,
+    pids_in,
+    resident_bytes,
+    wait_until,
+)
 
 FORM = "Content-Type: application/x-www-form-urlencoded"
 SLOW_BODY = f"POST /form HTTP/1.1\r\nHost: localhost\r\n{FORM}\r\nContent-Length: 1000\r\n\r\n".encode()
@@ -317,3 +331,103 @@ class Attacks(ServerCase):
         with contextlib.suppress(OSError):
             return Raw(("127.0.0.1", port))
         return None
+
+
+class Soak(ServerCase):
+    """Twenty times STREAMLOG_SOAK requests of every kind, to a server in a process that coverage does not measure."""
+
+    COMMANDS = (
+        "exit=echo x",
+        "fail=!echo x; exit 3",
+        "silent=sleep 300",
+        "yes=yes",
+        "missing=no-such-program",
+        "tree=!sleep 300 >/dev/null 2>&1 & echo x",
+        "POST:form=true {v:text=}",
+    )
+    HEADS = (
+        "GET /exit",
+        "GET /exit?format=html",
+        "GET /exit?format=sse",
+        "GET /exit?format=ndjson&hostname=1",
+        "GET /exit?timestamps=1&footer=1",
+        "GET /fail",
+        "GET /missing",
+        "GET /tree",
+        "GET /none",
+        "GET /exit?x=1",
+        "GET /",
+        "GET /-/metrics",
+        "HEAD /exit",
+        "OPTIONS /exit",
+        "PUT /exit",
+        "POST /form?v=1",
+    )
+
+    def one(self, program: Program, dice: random.Random) -> None:
+        """One request, of any kind and with any end."""
+        kind = dice.randrange(8)
+        with program.connect() as client:
+            if kind == 0:  # a client that leaves
+                client.get(dice.choice(["/yes", "/silent"]))
+                client.read_head()
+                (client.reset if dice.random() < 0.5 else client.sock.close)()
+            elif kind == 1:  # a form, whole, in chunks or broken off
+                way = dice.choice(["Content-Length: 3", "Transfer-Encoding: chunked", "Content-Length: 9"])
+                client.get("/form", "POST", [FORM, way])
+                client.send(b"3\r\nv=1\r\n0\r\n\r\n" if "chunked" in way else b"v=1")
+                if "9" not in way:
+                    client.read_answer()
+            elif kind == 2:  # what is no request
+                client.send(dice.choice([b"GET", b"\0" * 99, b"GET / HTTP/1.1\r\n\r\n", b"A" * 20000, b"\r\n" * 9]))
+                client.sock.shutdown(socket.SHUT_WR)
+                client.is_closed()
+            elif kind == 3:
+                client.get("/exit", version="1.0")
+                client.read_answer()
+            else:  # some, one after the other, on one connection
+                for _ in range(kind - 3):
+                    method, _, path = dice.choice(self.HEADS).partition(" ")
+                    client.get(path, method)
+                    client.read_answer(method)
+
+    def test_requests_of_every_kind_leave_nothing(self) -> None:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+        log = self.enterContext_((self.folder / "log").open("w"))
+        with Program("-p", "0", *self.COMMANDS, env=env, stderr=log) as program:
+            self.soak(program, SOAK)
+            before = self.measure(program)
+            self.soak(program, 19 * SOAK)
+            after = self.measure(program)
+            self.assertEqual(after[:2], before[:2])
+            self.assertLess(after[2] - before[2], 3 << 20)
+            program.process.terminate()
+            self.assertEqual(program.process.wait(10), 0)
+        said = (self.folder / "log").read_text()
+        self.assertNotIn("Traceback", said)
+        self.assertGreater(said.count("client="), 15 * SOAK)
+
+    def soak(self, program: Program, size: int) -> None:
+        failures: list[str] = []
+
+        def some(number: int) -> None:
+            dice = random.Random(number)
+            try:
+                for _ in range(size // 10):
+                    self.one(program, dice)
+            except Exception as error:
+                failures.append(f"{number}: {error!r}")
+
+        threads = [threading.Thread(target=some, args=[number]) for number in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(failures, [])
+
+    def measure(self, program: Program) -> tuple[set[str], list[int], int]:
+        """What the server holds once all is over: descriptors, processes it has started, and bytes of memory."""
+        pid = program.process.pid
+        wait_until(lambda: len(os.listdir(f"/proc/{pid}/task")) == 1, "no thread is left", 30)
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return descriptors(pid), [int(child) for child in children], resident_bytes(pid)

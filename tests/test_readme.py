@@ -29,7 +29,7 @@ class Readme(unittest.TestCase):
         self.assertIn(streamlog.__doc__, blocks("text"))
 
     def test_the_commands_file_is_sound_and_each_option_in_it_is_known(self) -> None:
-        (text,) = blocks("ini")
+        text = blocks("ini")[0]
         with tempfile.NamedTemporaryFile("w", suffix=".ini") as file:
             file.write(text)
             file.flush()
@@ -66,6 +66,7 @@ class Readme(unittest.TestCase):
             ("16 KiB", streamlog._LINE_BYTES / 1024),
             ("64 KiB", streamlog._HEAD_BYTES / 1024),
             ("64 KiB", streamlog._FORM_BYTES / 1024),
+            ("64 KiB", streamlog._VALUE_BYTES / 1024),
             ("100 headers", streamlog._HEADER_COUNT),
             ("10 s", streamlog.Settings().head_seconds),
             ("60 s", streamlog.Settings().idle_seconds),
@@ -78,9 +79,13 @@ class Readme(unittest.TestCase):
                 self.assertEqual(float(number.split()[0]), value)
                 self.assertIn(number, README)
 
-    def test_what_it_names_of_the_tests_exists(self) -> None:
-        source = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-        for name in re.findall(r"`(test_\w+)`", README):
-            self.assertRegex(
-                source, rf"def {name}\(|{name}\.py" if not Path(__file__).with_name(f"{name}.py").exists() else ""
-            )
+    def test_each_test_that_it_names_is_there(self) -> None:
+        named = re.findall(r"`(test_\w+)(?:\.(\w+))?`(?: ([0-9]))?", README)
+        self.assertGreater(len(named), 15)
+        for module, class_, number in named:
+            path = Path(__file__).with_name(f"{module}.py")
+            if class_ == "py":  # a path, as of a file to look at
+                continue
+            self.assertTrue(path.exists(), module)
+            wanted = f"class {class_}(" if class_ else f"def test_{number}_" if number else "class "
+            self.assertIn(wanted, path.read_text(), module)

@@ -29,7 +29,6 @@ from .support import (
     Answer,
     Raw,
     ServerCase,
-    descriptors,
     is_alive,
     pids_in,
     resident_bytes,
@@ -984,54 +983,6 @@ class Closings(ServerCase):
 
 
 class Soak(ServerCase):
-    def test_requests_that_end_in_every_way_leave_nothing(self) -> None:
-        server = self.serve(
-            {
-                "exit": "echo x",
-                "fail": "!echo x; exit 3",
-                "timeout": Command("sleep 300", timeout=0.05),
-                "silent": "sleep 300",
-                "yes": "yes",
-                "missing": "no-such-program",
-                "tree": "!sleep 300 & echo x",
-            },
-            max_runs=1000,
-            drain_seconds=0.05,
-        )
-        self.fetch(server, "/exit")
-        wait_until(lambda: not server._clients, "the first is gone")
-        before = (descriptors(), threading.active_count())
-        paths = ["/exit", "/fail", "/timeout", "/silent", "/yes", "/missing", "/tree", "/none", "/exit?x=1"]
-        dice = random.Random(2)
-        memory = 0
-
-        def one(seed: int) -> None:
-            path = paths[seed % len(paths)]
-            client = Raw(("127.0.0.1", server.port))
-            client.get(path)
-            if path in ("/silent", "/yes"):
-                client.read_head()
-                (client.reset if seed % 2 else client.sock.close)()
-            else:
-                client.read_answer()
-                client.sock.close()
-
-        size = 5 * SOAK
-        for at in range(0, size, 10):
-            threads = [threading.Thread(target=one, args=[dice.randrange(1 << 30)]) for _ in range(10)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            if at == size // 2 // 10 * 10:
-                memory = resident_bytes()
-        wait_until(lambda: not server._clients, "all are gone")
-        self.assertEqual(+server.site._runs, {})
-        self.assertEqual(descriptors(), before[0])
-        self.assertEqual(threading.active_count(), before[1])
-        if "coverage" not in sys.modules:  # which keeps what it has measured of each thread
-            self.assertLess(resident_bytes() - memory, 4 << 20)
-
     def test_a_binary_stream_is_exact_and_memory_flat(self) -> None:
         size = SOAK * 1024 * 1024
         script = self.python(
