@@ -269,6 +269,14 @@ class Stops(RunCase):
 
     @unittest.skipUnless(sys.platform == "linux", "a namespace of process numbers is of Linux")
     def test_a_stranger_who_gets_the_number_of_an_ended_group_is_not_hit(self) -> None:
+        self.assertEqual(self.run_as_first("tests.reuse", SOAK), f"{SOAK} survived\n")
+
+    @unittest.skipUnless(sys.platform == "linux", "a namespace of process numbers is of Linux")
+    def test_as_process_1_it_reaps_what_its_runs_leave_in_their_groups(self) -> None:
+        self.assertEqual(self.run_as_first("tests.first", max(30, SOAK // 5)), "0 left\n")
+
+    def run_as_first(self, module: str, count: int) -> str:
+        """Run a module as process 1 of a namespace of its own; what it prints."""
         unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
         try:
             found = subprocess.run([*unshare, "true"], stderr=subprocess.DEVNULL, check=False).returncode
@@ -277,15 +285,9 @@ class Stops(RunCase):
         if found or not os.path.exists("/proc/sys/kernel/ns_last_pid"):
             self.skipTest("cannot make a namespace in which process numbers can be set")
         done = subprocess.run(
-            [*unshare, sys.executable, "-m", "tests.reuse", str(SOAK)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=100,
-            check=False,
+            [*unshare, sys.executable, "-m", module, str(count)], cwd=ROOT, capture_output=True, text=True, timeout=100
         )
-        self.assertEqual((done.returncode, done.stdout), (0, f"{SOAK} survived\n"))
+        return done.stdout + done.stderr
 
 
 class Starts(RunCase):
