@@ -906,12 +906,12 @@ class _Chunks:
         del inbox[: end + 1]
         if self._is_in_trailers:
             self._trailer_bytes += len(line)
-            self.is_over = line == b"\r\n"
-            is_sound = self.is_over or (line[-2:] == b"\r\n" and _HEADER_LINE.fullmatch(line[:-2]))
+            is_sound = line == b"\r\n" or (line[-2:] == b"\r\n" and _HEADER_LINE.fullmatch(line[:-2]))
             if not is_sound or self._trailer_bytes > _TRAILER_BYTES:
                 raise Error(f"what follows the body must be header lines, and {_TRAILER_BYTES} bytes at most")
+            self.is_over = line == b"\r\n"
             return True
-        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t -~\x80-\xff]*)?\r\n", line)
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n", line)
         if not match:
             raise Error("a chunk of the body must begin with its size in hexadecimal digits")
         size = int(match[1], 16)
