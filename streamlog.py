@@ -441,6 +441,11 @@ class Launch(NamedTuple):
     stderr: str
 
 
+def _count_ups(path: str) -> int:
+    """How often a path goes up."""
+    return path.split("/").count("..")
+
+
 def _starts_word(marked: str, at: int) -> bool:
     """Whether a shell's word begins here, as far as the text right before tells."""
     return bool(re.search(r"(?:^|[\s<>;&|(])[\"']?$", marked[:at]))
@@ -553,11 +558,19 @@ class Command:
                 if isinstance(part, Parameter):  # where what stands before is empty, it starts the argument after all
                     self._check_value(name, part, bound[part.name], starts_argument=not text)
                 text += bound[part.name] if isinstance(part, Parameter) else part
+            if _count_ups(text) > _count_ups("".join(part if isinstance(part, str) else "x" for part in argument)):
+                self._check_ups(name, argument, text)
             argv.append(text)
         variables = {f"arg_{key}": value for key, value in bound.items()} if self.is_shell else {}
         env = {key: value for key, value in os.environ.items() if not _HIDDEN_ENVIRONMENT.fullmatch(key)}
         env.update({"PYTHONUNBUFFERED": "1", **self.env, **variables})
         return Launch(argv, env, self.cwd, self.stderr or stderr)
+
+    @staticmethod
+    def _check_ups(name: str, argument: _Argument, text: str) -> None:
+        """Refuse a '..' that values make up with what stands beside them, though none has one by itself."""
+        if all(part.type in ("word", "path") for part in argument if isinstance(part, Parameter)):
+            raise Error(f"the values of {name!r} must not make up '..': {text[:200]!r}")
 
     def _check_value(self, name: str, parameter: Parameter, value: str, starts_argument: bool) -> None:
         problem = parameter.problem(value, starts_argument, self.is_shell)

@@ -148,6 +148,23 @@ class Values(unittest.TestCase):
                     argv(f"echo {{x:{type_}}}", x=value)
                 self.assertEqual(caught.exception.status, 400)
 
+    def test_values_do_not_make_up_a_path_that_goes_up(self) -> None:
+        for line, values, is_taken in (
+            ("cat /srv/{a:path}{b:path}", {"a": ".", "b": "./etc"}, False),
+            ("cat /srv/.{a:path}", {"a": "./etc"}, False),
+            ("cat /srv/{a}{b}/x", {"a": ".", "b": "."}, False),
+            ("cat ../{a:path}", {"a": "x"}, True),
+            ("cat ../.{a:path}", {"a": "."}, False),
+            ("cat /srv/{a}", {"a": "..."}, True),
+            ("echo {a:text}{b:text}", {"a": ".", "b": "."}, True),
+        ):
+            with self.subTest(line=line):
+                try:
+                    Command(line).bind("x", values)
+                    self.assertTrue(is_taken)
+                except Error:
+                    self.assertFalse(is_taken)
+
     def test_no_value_becomes_an_option(self) -> None:
         for type_ in ("word", "text", "[-a-z]+", "path"):
             with self.subTest(type=type_), self.assertRaisesRegex(Error, "must not begin with '-'"):
