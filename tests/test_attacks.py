@@ -214,7 +214,7 @@ class Attacks(ServerCase):
             self.assertEqual(failures, [])
             self.assertGreater(count, 0)
             self.assertLess(slowest, within)
-            self.assertEqual(program.fetch("/x").body, b"x\n")
+            wait_until(lambda: program.fetch("/x").body == b"x\n", "it serves as before")
             self.settle(program)
             after = (len(os.listdir(f"/proc/{program.process.pid}/fd")), resident_bytes(program.process.pid))
             self.assertEqual(after[0], before[0])
@@ -395,12 +395,12 @@ class Soak(ServerCase):
         env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
         log = self.enterContext_((self.folder / "log").open("w"))
         with Program("-p", "0", *self.COMMANDS, env=env, stderr=log) as program:
-            self.soak(program, SOAK)
+            self.soak(program, 5 * SOAK)  # until its heaps are as large as they get
             before = self.measure(program)
-            self.soak(program, 19 * SOAK)
+            self.soak(program, 15 * SOAK)
             after = self.measure(program)
             self.assertEqual(after[:2], before[:2])
-            self.assertLess(after[2] - before[2], 3 << 20)
+            self.assertLess(after[2] - before[2], 4 << 20)
             program.process.terminate()
             self.assertEqual(program.process.wait(10), 0)
         said = (self.folder / "log").read_text()
