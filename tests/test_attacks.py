@@ -290,7 +290,7 @@ class Attacks(ServerCase):
 
     @unittest.skipIf(DESCRIPTORS < 5000, "needs 5000 descriptors")
     def test_two_thousand_connections_at_once_are_all_answered(self) -> None:
-        with self.attacked(within=3) as program:
+        with self.attacked(within=5) as program:  # alone on a machine of two cores it is less than one second
             with self.swarm(program, 2000, b"GET /-/healthy HTTP/1.1\r\nHost: localhost\r\n\r\n") as clients:
                 for client in clients:
                     self.assertEqual(client.read_answer().body, b"ok")
