@@ -67,20 +67,25 @@ if os.name != "posix" or sys.version_info < (3, 9):  # said before an import bel
         sys.exit(_NEEDS)
     raise ImportError(_NEEDS)
 
+import atexit
 import base64
 import codecs
+import collections
 import contextlib
+import contextvars
 import dataclasses
 import datetime
 import email.utils
 import enum
 import errno
 import fcntl
+import functools
 import hashlib
 import hmac
 import html
 import http
 import http.server
+import inspect
 import io
 import ipaddress
 import itertools
@@ -101,7 +106,10 @@ import subprocess
 import termios
 import threading
 import time
+import traceback
+import typing
 import urllib.parse
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -111,8 +119,34 @@ if TYPE_CHECKING:
     import argparse
     import ssl
 
+    from typing_extensions import TypedDict, Unpack
+
+    class _SettingsGiven(TypedDict, total=False):
+        """The fields of Settings, for type checkers."""
+
+        bind: str
+        port: int
+        timeout_seconds: Optional[float]
+        grace_seconds: float
+        drain_seconds: float
+        stall_seconds: float
+        max_runs: int
+        max_output_bytes: int
+        tls_cert: str
+        tls_key: str
+        token: str
+        no_auth: bool
+        allow_hosts: Sequence[str]
+        allow_origins: Sequence[str]
+        head_seconds: float
+        idle_seconds: float
+        refusal_seconds: float
+        keepalive_seconds: int
+        child_nofile: Optional[tuple[int, int]]
+
+
 __version__ = "0.1.0"
-__all__ = ["Command", "ConfigError", "Error", "Server", "Settings"]
+__all__ = ["Command", "ConfigError", "Error", "Server", "Settings", "Stream", "serve", "start", "stopping", "stream"]
 
 _log = logging.getLogger("streamlog")
 
@@ -267,12 +301,13 @@ def _parse_parameter(line: str, start: int, name: str) -> tuple[int, Parameter]:
     raise ConfigError(f"placeholder '{{{name}' has no closing brace: write {{{{{name}}}}} if it is not one")
 
 
-def _mark_placeholders(line: str) -> tuple[str, list[Parameter]]:
-    """Find the placeholders of a raw line; return it with a mark for each, and their parameters in order."""
+def _mark_placeholders(line: str, found: list[Parameter]) -> str:
+    """Find the placeholders of a raw line; return it with a mark for each, and add their parameters to the list."""
+    if not line.isascii() and any("\ud800" <= char <= "\udfff" for char in line):
+        raise ConfigError(f"the command line must be UTF-8: {line!r}")
     if "\0" in line:
         raise ConfigError("a command line cannot hold a NUL character")
     out: list[str] = []
-    found: list[Parameter] = []
     at = 0
     for brace in re.finditer(r"\$?\{", line):
         if brace.start() < at:
@@ -294,7 +329,7 @@ def _mark_placeholders(line: str) -> tuple[str, list[Parameter]]:
             out.append(f"\0{len(found)}\0")
             found.append(parameter)
             at = end
-    return "".join([*out, line[at:]]), found
+    return "".join([*out, line[at:]])
 
 
 def _by_name(found: Sequence[Parameter]) -> dict[str, Parameter]:
@@ -389,16 +424,19 @@ def _shell_script(marked: str, found: Sequence[Parameter]) -> str:
 _Argument = tuple[Union[str, Parameter], ...]
 
 
+def _part_argument(marked: str, found: Sequence[Parameter]) -> _Argument:
+    """An argument as a tuple of literal text and parameters."""
+    parts = enumerate(_MARK.split(marked))
+    return tuple(found[int(part)] if at % 2 else part for at, part in parts if part or at % 2)
+
+
 def _split_arguments(marked: str, found: Sequence[Parameter]) -> tuple[_Argument, ...]:
-    """The arguments of a command line, each a tuple of literal text and parameters."""
+    """The arguments of a command line, split as a shell would."""
     try:
         words = shlex.split(marked)
     except ValueError as error:
         raise ConfigError(f"cannot be split into arguments: {str(error).lower()}") from None
-    return tuple(
-        tuple(found[int(part)] if at % 2 else part for at, part in enumerate(_MARK.split(word)) if part or at % 2)
-        for word in words
-    )
+    return tuple(_part_argument(word, found) for word in words)
 
 
 def _script_argument(arguments: Sequence[_Argument]) -> _Argument:
@@ -433,12 +471,68 @@ def _check_program(arguments: Sequence[_Argument]) -> None:
 
 
 class Launch(NamedTuple):
-    """One execution to be started: what subprocess needs to know."""
+    """One execution of a program to be started: what subprocess needs to know."""
 
     argv: Sequence[str]
     env: Mapping[str, str]
     cwd: Optional[str]
     stderr: str
+    has_input: bool = False  # standard input is a pipe, and not empty
+
+    def __str__(self) -> str:
+        return shlex.join(self.argv)
+
+
+class Call(NamedTuple):
+    """One execution of a task to be started."""
+
+    function: Callable[..., object]
+    arguments: Mapping[str, object]
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return f"{getattr(self.function, '__qualname__', self.function)}({said})"
+
+
+def _describe_annotation(name: str, annotation: Any) -> tuple[str, dict[str, object]]:
+    """The type of a task's parameter, and for a choice what each of its texts stands for."""
+    if annotation in (str, int, inspect.Parameter.empty):
+        return "int" if annotation is int else "text", {}
+    choices: dict[str, object] = {}
+    if typing.get_origin(annotation) is typing.Literal:
+        choices = {str(value): value for value in typing.get_args(annotation)}
+    elif isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        choices = {member.value if isinstance(member.value, str) else member.name: member for member in annotation}
+    if not choices or not all(re.fullmatch(_WORD, choice) for choice in choices):
+        raise ConfigError(f"parameter {name!r} of a task must be a str, an int, a Literal or an Enum: {annotation!r}")
+    return "|".join(choices), choices
+
+
+def _read_signature(task: Callable[..., object]) -> Iterator[tuple[Parameter, Callable[[str], object]]]:
+    """The parameters of a task, and how each is made of a text. Raises ConfigError for what cannot come by a URL."""
+    if inspect.iscoroutinefunction(task) or inspect.isasyncgenfunction(task):
+        raise ConfigError("a task runs in a thread of its own: it cannot be a coroutine (wrap it in asyncio.run)")
+    try:
+        signature = inspect.signature(task)
+        hints = typing.get_type_hints(task if hasattr(task, "__globals__") else type(task).__call__)
+    except (NameError, TypeError, ValueError) as error:
+        raise ConfigError(f"the signature of the task cannot be read: {error}") from None
+    for name, parameter in signature.parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ConfigError(f"parameter {name!r} of a task must be one that is given by its name")
+        type_, choices = _describe_annotation(name, hints.get(name, parameter.empty))
+        convert = choices.__getitem__ if choices else {"int": int}.get(type_, str)
+        default = None
+        if parameter.default is not parameter.empty:
+            texts = {value: text for text, value in choices.items()}
+            default = texts.get(parameter.default, parameter.default if choices else str(parameter.default))
+            is_other = not choices and (type_ == "text") != isinstance(parameter.default, str)
+            if is_other or not isinstance(default, str):
+                raise ConfigError(f"the default of parameter {name!r} is not of its type: {parameter.default!r}")
+        if len(choices) == 1:  # a pattern like any other, but for a single word
+            yield Parameter(name, type_, re.compile(re.escape(type_)), default), convert
+        else:
+            yield _make_parameter(name, type_, default), convert
 
 
 def _count_ups(path: str) -> int:
@@ -456,13 +550,14 @@ class Command:
     """What a name runs. Raises ConfigError where a mistake can be seen without running it.
 
     command: a command line with placeholders, split by shlex and run without a shell, or `!` and a script
-        for /bin/sh. about: a description. method: GET or POST. timeout: seconds, 0 for no limit, None for
-        the server's. max: runs at a time, or None. stderr: merge, separate or discard; None: merge in text,
-        where order counts, and separate in the formats that tell it apart. cwd: the directory to run in. env:
-        variables to add. type: the Content-Type of the output.
+        for /bin/sh; a list of arguments, with placeholders in them; or a task: a callable, called in a thread
+        of its own with the values that its signature names. about: a description. method: GET or POST. timeout:
+        seconds, 0 for no limit, None for the server's. max: runs at a time, or None. stderr: merge, separate or
+        discard; None: merge in text, where order counts, and separate in the formats that tell it apart. cwd:
+        the directory to run in. env: variables to add. type: the Content-Type of the output.
     """
 
-    command: str
+    command: Union[str, Sequence[str], Callable[..., object]]
     about: str = ""
     method: str = "GET"
     timeout: Optional[float] = None
@@ -474,23 +569,36 @@ class Command:
     parameters: Mapping[str, Parameter] = dataclasses.field(init=False, repr=False, default_factory=dict)
     _arguments: Sequence[_Argument] = dataclasses.field(init=False, repr=False, default=())
     _uses: Sequence[tuple[Parameter, bool]] = dataclasses.field(init=False, repr=False, default=())
+    _converts: Mapping[str, Callable[[str], object]] = dataclasses.field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_options()
-        if not self.command.isascii() and any("\ud800" <= char <= "\udfff" for char in self.command):
-            raise ConfigError(f"the command line must be UTF-8: {self.command!r}")
-        marked, found = _mark_placeholders(self.command)
-        named = _by_name(found)
-        found = [named[parameter.name] for parameter in found]
+        found: list[Parameter] = []
         uses: list[tuple[Parameter, bool]]
-        if self.is_shell:
-            marked = marked.lstrip()[1:]
+        arguments: tuple[_Argument, ...] = ()
+        if callable(self.command):
+            converts = {parameter.name: (parameter, convert) for parameter, convert in _read_signature(self.command)}
+            found = [parameter for parameter, _ in converts.values()]
+            named = _by_name(found)
+            uses = [(parameter, False) for parameter in found]
+            object.__setattr__(self, "_converts", {name: convert for name, (_, convert) in converts.items()})
+        elif self.is_shell:
+            marked = _mark_placeholders(str(self.command), found).lstrip()[1:]
+            named = _by_name(found)
+            found = [named[parameter.name] for parameter in found]
             if not marked.strip():
                 raise ConfigError("the script is empty")
             uses = [(found[int(mark[1])], _starts_word(marked, mark.start())) for mark in _MARK.finditer(marked)]
-            arguments: tuple[_Argument, ...] = (("/bin/sh",), ("-c",), (_shell_script(marked, found),))
+            arguments = (("/bin/sh",), ("-c",), (_shell_script(marked, found),))
         else:
-            arguments = _split_arguments(marked, found)
+            words = [self.command] if isinstance(self.command, str) else self.command
+            lines = [_mark_placeholders(word, found) for word in words]
+            named = _by_name(found)
+            found = [named[parameter.name] for parameter in found]
+            if isinstance(self.command, str):
+                arguments = _split_arguments(lines[0], found)
+            else:
+                arguments = tuple(_part_argument(word, found) for word in lines)
             _check_program(arguments)
             parts = [(part, not at) for argument in arguments for at, part in enumerate(argument)]
             uses = [(part, is_first) for part, is_first in parts if isinstance(part, Parameter)]
@@ -524,7 +632,19 @@ class Command:
     @property
     def is_shell(self) -> bool:
         """Whether the command is a script for /bin/sh."""
-        return self.command.lstrip().startswith("!")
+        return isinstance(self.command, str) and self.command.lstrip().startswith("!")
+
+    @property
+    def is_task(self) -> bool:
+        """Whether the command is a callable of this program."""
+        return callable(self.command)
+
+    @property
+    def line(self) -> str:
+        """The command, as a line to be read."""
+        if callable(self.command):
+            return f"{getattr(self.command, '__qualname__', self.command)}({', '.join(self.parameters)})"
+        return self.command if isinstance(self.command, str) else shlex.join(self.command)
 
     @property
     def is_plain_text(self) -> bool:
@@ -536,21 +656,18 @@ class Command:
         """The program that is started, as written."""
         return str(self._arguments[0][0])
 
+    def call(self, name: str, values: Mapping[str, str]) -> Call:
+        """Give a task its values. Raises Error as `bind` does."""
+        assert callable(self.command)
+        bound = self._check_values(name, values)
+        return Call(self.command, {key: self._converts[key](value) for key, value in bound.items()})
+
     def bind(self, name: str, values: Mapping[str, str], stderr: str = "merge") -> Launch:
         """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text.
 
         `stderr` is where standard error goes unless the command itself says so.
         """
-        bound: dict[str, str] = {}
-        for parameter in self.parameters.values():
-            value = values.get(parameter.name, parameter.default)
-            if value is None:
-                raise Error(f"parameter {parameter.name!r} of {name!r} is required: give it as {parameter.name}=...")
-            bound[parameter.name] = value
-        for parameter, starts_argument in self._uses:
-            self._check_value(name, parameter, bound[parameter.name], starts_argument)
-        if sum(len(bound[parameter.name].encode(errors="replace")) for parameter, _ in self._uses) > _VALUE_BYTES:
-            raise Error(f"the values of {name!r} may have {_VALUE_BYTES} bytes at most, each as often as it is used")
+        bound = self._check_values(name, values)
         argv = []
         for argument in self._arguments:
             text = ""
@@ -571,6 +688,20 @@ class Command:
         """Refuse a '..' that values make up with what stands beside them, though none has one by itself."""
         if all(part.type in ("word", "path") for part in argument if isinstance(part, Parameter)):
             raise Error(f"the values of {name!r} must not make up '..': {text[:200]!r}")
+
+    def _check_values(self, name: str, values: Mapping[str, str]) -> dict[str, str]:
+        """The value of every parameter. Raises Error for what cannot be taken."""
+        bound: dict[str, str] = {}
+        for parameter in self.parameters.values():
+            value = values.get(parameter.name, parameter.default)
+            if value is None:
+                raise Error(f"parameter {parameter.name!r} of {name!r} is required: give it as {parameter.name}=...")
+            bound[parameter.name] = value
+        for parameter, starts_argument in self._uses:
+            self._check_value(name, parameter, bound[parameter.name], starts_argument)
+        if sum(len(bound[parameter.name].encode(errors="replace")) for parameter, _ in self._uses) > _VALUE_BYTES:
+            raise Error(f"the values of {name!r} may have {_VALUE_BYTES} bytes at most, each as often as it is used")
+        return bound
 
     def _check_value(self, name: str, parameter: Parameter, value: str, starts_argument: bool) -> None:
         problem = parameter.problem(value, starts_argument, self.is_shell)
@@ -1513,7 +1644,7 @@ _FORMATS: Mapping[str, tuple[type[Format], str]] = {
 
 
 # ---------------------------------------------------------------------------------------------
-# runs: a process group, its pipes, and the one place that ends both
+# runs: a process group or a task's thread, its pipes, and the one place that ends both
 
 _SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", 1031 if sys.platform == "linux" else None)
 
@@ -1571,7 +1702,7 @@ def _spawn(launch: Launch) -> tuple[subprocess.Popen[bytes], dict[int, str]]:
             os.set_blocking(reader, False)
         process = subprocess.Popen(
             launch.argv,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if launch.has_input else subprocess.DEVNULL,
             stdout=writers[0],
             stderr=subprocess.DEVNULL if launch.stderr == "discard" else writers[-1],
             cwd=launch.cwd,
@@ -1682,19 +1813,16 @@ _processes = _Processes()
 
 
 class Run:
-    """One execution of a command: from its start until its whole process group is gone.
+    """One execution of a command, from its start until all of it is gone: what processes and tasks have in common.
 
     The thread that starts a run owns it: it alone waits, reads and closes. Any thread may stop or kill it.
-    The lock guards the group's number: no signal is sent while another thread reaps.
-
-    That number is the leader's pid. The group is signalled before its leader is reaped, because until then nobody
-    else can be given the number; and it stays taken for as long as anyone is left in the group (fork(3p)).
     """
 
-    def __init__(self, launch: Launch, settings: Settings, timeout: Optional[float], release: _Release) -> None:
+    def __init__(self, settings: Settings, timeout: Optional[float], release: _Release) -> None:
+        self.outputs: dict[int, str] = {}  # streams, by the descriptors to read them from
+        self._exit_watch: Optional[int] = None  # a descriptor that turns readable when the run has ended
         self._settings = settings
         self._timeout = timeout
-        self._process, self.outputs = _spawn(launch)
         self._release: Optional[_Release] = release  # gives the slot back; None once it has been
         self._lock = threading.RLock()  # re-entrant: a signal handler may kill what its own thread is stopping
         self._owed: dict[int, float] = {}  # bytes of an output that are still to come, where that is known
@@ -1704,43 +1832,32 @@ class Run:
         self.seconds = 0.0
         self.reason = ""
         self.exit_code: Optional[int] = None
-        self._is_terminated = self._is_drained = False
-        self._reaped_at = math.inf
-        self._check_seconds = _GROUP_CHECK_SECONDS
+        self._is_asked = self._is_drained = False
         self._due: dict[Callable[[], None], float] = {}  # what is to be done, by time.monotonic()
         if timeout:
             self._due[self._time_out] = self.started + timeout
-        if settings.child_nofile and hasattr(resource, "prlimit"):
-            with contextlib.suppress(OSError):  # it may have ended already
-                resource.prlimit(self.pid, resource.RLIMIT_NOFILE, settings.child_nofile)
-        try:
-            self._exit_watch: Optional[int] = _watch_exit(self.pid)
-        except OSError as error:
-            self._undo_start()
-            raise _shortage(error) from None
 
-    def _undo_start(self) -> None:
-        self._exit_watch = self._release = None
-        self._signal(signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_ABANDON_SECONDS)
-        self.close()
+    def _ask(self) -> None:
+        """Ask it to end."""
+        raise NotImplementedError
 
-    @property
-    def pid(self) -> int:
-        """The number of the leader and of its group."""
-        return self._process.pid
+    def _force(self) -> None:
+        """End it by force."""
+        raise NotImplementedError
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the leader has exited and no output is left to read. Others of its group may still be ending."""
-        return self.exit_code is not None and not self.outputs
+    def _reap(self) -> None:
+        """Learn the exit code."""
+        raise NotImplementedError
 
     @property
     def outcome(self) -> Outcome:
         """How a run that is over has ended."""
-        returncode = self._process.returncode
-        return Outcome(self.exit_code or 0, self.reason, self.seconds, -returncode if (returncode or 0) < 0 else None)
+        return Outcome(self.exit_code or 0, self.reason, self.seconds)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended and no output is left to read. Others of a process's group may still be ending."""
+        return self.exit_code is not None and not self.outputs
 
     def wait(self, others: Mapping[int, int], is_paused: bool = False, deadline: float = math.inf) -> dict[int, int]:
         """Wait for output, for the end, for a moment when something is due, or for any other descriptor.
@@ -1798,7 +1915,7 @@ class Run:
         return data[: int(self._left_bytes)]
 
     def stop(self, reason: str) -> None:
-        """Ask the group to end: SIGTERM now, SIGKILL after the grace time. The first reason is the one that counts."""
+        """Ask it to end, and force it after the grace time. The first reason is the one that counts."""
         with self._lock:
             if not self.reason and not self.is_over:
                 self.reason = reason
@@ -1806,14 +1923,14 @@ class Run:
                 self._terminate()
 
     def kill(self) -> None:
-        """End the group at once, where there still is one."""
+        """End it at once, where something of it is left."""
         if self._release is not None:
             self._due.pop(self.kill, None)
             self._due.setdefault(self._abandon, time.monotonic() + _ABANDON_SECONDS)
-            self._signal(signal.SIGKILL)
+            self._force()
 
     def close(self) -> None:
-        """Stop the run if it goes on, wait until its group is gone, and free what it holds. May be called twice.
+        """Stop the run if it goes on, wait until all of it is gone, and free what it holds. May be called twice.
 
         Takes the grace time at most, and the time to give up. Output that still comes is dropped, but not cut
         off: a command that is cleaning up may print.
@@ -1830,11 +1947,123 @@ class Run:
         self.stop(f"timeout after {self._timeout:g} s")
 
     def _terminate(self) -> None:
-        if not self._is_terminated:
-            self._is_terminated = True
+        if not self._is_asked:
+            self._is_asked = True
             self._due[self.kill] = time.monotonic() + self._settings.grace_seconds
-            self._signal(signal.SIGTERM)
-            self._signal(signal.SIGCONT)  # a process that is stopped acts on SIGTERM only once it goes on
+            self._ask()
+
+    def _note_exit(self) -> None:
+        """It has ended. What is in the pipes, or comes in the drain time, still belongs to the answer."""
+        if self._exit_watch is not None:
+            os.close(self._exit_watch)
+            self._exit_watch = None
+        self._due.pop(self._time_out, None)
+        self._due[self._end_drain] = time.monotonic() + self._settings.drain_seconds
+
+    def _end_drain(self) -> None:
+        """Take what is in the pipes now for the rest: whoever else holds them open is not waited for."""
+        self._is_drained = True
+        for descriptor in list(self.outputs):
+            self._owed[descriptor] = _count_bytes(descriptor, termios.FIONREAD)
+            if not self._owed[descriptor]:
+                self._close_output(descriptor)
+
+    def _set_exit_code(self, code: int) -> None:
+        self.seconds = time.monotonic() - self.started
+        self.exit_code = code
+
+    def _abandon(self) -> None:
+        """Give up on what no force ends: a process stuck in the kernel, a task that does not look up."""
+        _log.warning("%s does not end: given up", self)
+        if self.exit_code is None:
+            self._note_exit()
+            self._set_exit_code(128 + signal.SIGKILL)
+        if self.outputs:
+            self.reason = self.reason or "it does not end"
+            self._drop_outputs()
+        self._finish()
+
+    def _finish(self) -> None:
+        self._due.clear()
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def disown(self) -> None:
+        """Close its descriptors, in a process that was forked off."""
+        self._drop_outputs()
+        if self._exit_watch is not None:
+            os.close(self._exit_watch)
+            self._exit_watch = None
+
+    def _drop_outputs(self) -> None:
+        for descriptor in list(self.outputs):
+            self._close_output(descriptor)
+
+    def _close_output(self, descriptor: int) -> None:
+        os.close(descriptor)
+        del self.outputs[descriptor]
+
+
+class Process(Run):
+    """A run that is a process group.
+
+    The lock guards the group's number: no signal is sent while another thread reaps. That number is the leader's pid.
+    The group is signalled before its leader is reaped, because until then nobody else can be given the number; and it
+    stays taken for as long as anyone is left in the group (fork(3p)).
+    """
+
+    def __init__(self, launch: Launch, settings: Settings, timeout: Optional[float], release: _Release) -> None:
+        super().__init__(settings, timeout, release)
+        self._process, self.outputs = _spawn(launch)
+        self._reaped_at = math.inf
+        self._check_seconds = _GROUP_CHECK_SECONDS
+        if settings.child_nofile and hasattr(resource, "prlimit"):
+            with contextlib.suppress(OSError):  # it may have ended already
+                resource.prlimit(self.pid, resource.RLIMIT_NOFILE, settings.child_nofile)
+        try:
+            self._exit_watch = _watch_exit(self.pid)
+        except OSError as error:
+            self._undo_start()
+            raise _shortage(error) from None
+
+    def take_input(self) -> Optional[int]:
+        """The descriptor to write its standard input to, which never blocks; it is the caller's from now on."""
+        pipe, self._process.stdin = self._process.stdin, None
+        if pipe is None:
+            return None
+        with pipe:
+            writer = os.dup(pipe.fileno())
+        os.set_blocking(writer, False)
+        return writer
+
+    def _undo_start(self) -> None:
+        self._release = None
+        self._signal(signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_ABANDON_SECONDS)
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """The number of the leader and of its group."""
+        return self._process.pid
+
+    def __str__(self) -> str:
+        return f"process group {self.pid}"
+
+    @property
+    def outcome(self) -> Outcome:
+        """How a run that is over has ended."""
+        returncode = self._process.returncode
+        return Outcome(self.exit_code or 0, self.reason, self.seconds, -returncode if (returncode or 0) < 0 else None)
+
+    def _ask(self) -> None:
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)  # a process that is stopped acts on SIGTERM only once it goes on
+
+    def _force(self) -> None:
+        self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
         """Signal the group. It may be empty, and may hold processes that are another user's (kill(2))."""
@@ -1852,34 +2081,14 @@ class Run:
             pass
         return True
 
-    def _note_exit(self) -> None:
-        """The leader has exited. What is in the pipes, or comes in the drain time, still belongs to the answer."""
-        if self._exit_watch is not None:
-            os.close(self._exit_watch)
-            self._exit_watch = None
-        self._due.pop(self._time_out, None)
-        self._due[self._end_drain] = time.monotonic() + self._settings.drain_seconds
-
-    def _end_drain(self) -> None:
-        """Take what is in the pipes now for the rest: whoever else holds them open is not waited for."""
-        self._is_drained = True
-        for descriptor in list(self.outputs):
-            self._owed[descriptor] = _count_bytes(descriptor, termios.FIONREAD)
-            if not self._owed[descriptor]:
-                self._close_output(descriptor)
-
     def _reap(self) -> None:
         """Learn the exit code; whoever is left of the group is asked to end first, while its number is safe."""
         with self._lock:
             self._terminate()
             code = self._process.wait()
+            self._reaped_at = time.monotonic()
             self._set_exit_code(code if code >= 0 else 128 - code)
         self._check_group()
-
-    def _set_exit_code(self, code: int) -> None:
-        self._reaped_at = time.monotonic()
-        self.seconds = self._reaped_at - self.started
-        self.exit_code = code
 
     def _check_group(self) -> None:
         if self._is_group_empty():
@@ -1905,30 +2114,182 @@ class Run:
                 pass
         return True
 
-    def _abandon(self) -> None:
-        """Give up on a group that SIGKILL does not end: its members are stuck in the kernel, or not ours to kill."""
-        _log.warning("process group %d does not end: given up", self.pid)
-        if self.exit_code is None:
-            self._note_exit()
-            self._set_exit_code(128 + signal.SIGKILL)
-        if self.outputs:
-            self.reason = self.reason or "its processes do not end"
-            self._drop_outputs()
+
+def _encode(value: object) -> bytes:
+    """A piece of a task's output: text and bytes as they are, anything else as a line of JSON."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    return (value if isinstance(value, str) else json.dumps(value) + "\n").encode("utf-8", "surrogateescape")
+
+
+class Task(Run):
+    """A run that is a call of a function of this program, in a thread of its own.
+
+    What it returns, yields and logs goes through a pipe, so that a client that does not read holds up its own task and
+    nothing else. A thread cannot be ended by force: a task that never looks up keeps its slot until it does.
+    """
+
+    def __init__(self, call: Call, settings: Settings, timeout: Optional[float], release: _Release) -> None:
+        super().__init__(settings, timeout, release)
+        self.is_stopping = False
+        self._is_forced = False
+        self._result = 1
+        self._has_ended = False
+        self._late_release: Optional[_Release] = None
+        self._write_lock = threading.Lock()  # guards the writer: others may log in the context that the task started
+        descriptors: list[int] = []
+        try:
+            descriptors += os.pipe()
+            descriptors += os.pipe()
+            reader, self._writer, self._exit_watch, self._exit_writer = descriptors
+            os.set_blocking(reader, False)
+            self.outputs[reader] = "stdout"
+            context = contextvars.copy_context()
+            thread = threading.Thread(target=context.run, args=(self._perform, call), daemon=True, name=f"task {call}")
+            thread.start()
+        except (OSError, RuntimeError) as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise _shortage(error if isinstance(error, OSError) else OSError(errno.EAGAIN, str(error))) from None
+        self._thread = thread
+
+    def __str__(self) -> str:
+        return self._thread.name
+
+    def write(self, data: bytes) -> None:
+        """Put data out. Raises BrokenPipeError once nobody waits for it any more."""
+        with self._write_lock:
+            view = memoryview(data)
+            while view and self._writer >= 0:
+                if self._is_forced:
+                    raise BrokenPipeError("this run has ended")
+                view = view[os.write(self._writer, view) :]
+
+    def disown(self) -> None:
+        super().disown()
+        if not self._has_ended:
+            os.close(self._writer)
+            os.close(self._exit_writer)
+            self._writer = -1
+
+    def _perform(self, call: Call) -> None:
+        _task.set(self)
+        try:
+            with _records:
+                self._put_out(call.function(**call.arguments))
+            self._result = 0
+        except BaseException as error:
+            trace = error.__traceback__
+            while trace and trace.tb_frame.f_code.co_filename == __file__:
+                trace = trace.tb_next
+            with contextlib.suppress(OSError):
+                self.write("".join(traceback.format_exception(type(error), error, trace)).encode(errors="replace"))
+        finally:
+            self._end()
+
+    def _put_out(self, result: object) -> None:
+        if not isinstance(result, Iterator):
+            if result is not None:
+                self.write(_encode(result))
+            return
+        try:
+            for piece in result:
+                self.write(_encode(piece))
+                if self.is_stopping:
+                    break
+        finally:
+            close = getattr(result, "close", None)  # a generator's
+            if close:
+                close()
+
+    def _end(self) -> None:
+        with self._write_lock:
+            os.close(self._writer)
+            self._writer = -1
+        with self._lock:
+            self._has_ended = True
+            release, self._late_release = self._late_release, None
+        os.close(self._exit_writer)
+        if release:
+            release()
+
+    def _ask(self) -> None:
+        self.is_stopping = True
+
+    def _force(self) -> None:
+        self._is_forced = True
+
+    def _reap(self) -> None:
+        self._set_exit_code(self._result)
         self._finish()
 
     def _finish(self) -> None:
-        self._due.clear()
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+        with self._lock:
+            if not self._has_ended:  # given up: the slot is free once the thread is
+                self._late_release, self._release = self._release, None
+        super()._finish()
 
-    def _drop_outputs(self) -> None:
-        for descriptor in list(self.outputs):
-            self._close_output(descriptor)
 
-    def _close_output(self, descriptor: int) -> None:
-        os.close(descriptor)
-        del self.outputs[descriptor]
+_task: contextvars.ContextVar[Optional[Task]] = contextvars.ContextVar("streamlog_task", default=None)
+
+
+def stopping() -> bool:
+    """Whether the task that calls this is to end: its client has left, its time is over, or the server closes.
+
+    A generator need not ask, as it is closed where it yields. False outside a task.
+    """
+    task = _task.get()
+    return task is not None and task.is_stopping
+
+
+class _Records(logging.Handler):
+    """Sends each record to the run of the task that it was logged by. On the root logger while any task runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        self._guard = threading.Lock()  # guards the count
+        self._count = 0
+
+    def __enter__(self) -> None:
+        with self._guard:
+            self._count += 1
+            if self._count == 1:
+                logging.getLogger().addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        with self._guard:
+            self._count -= 1
+            if not self._count:
+                logging.getLogger().removeHandler(self)
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Not under the lock that handlers have: a task whose client does not read must not stop all logging."""
+        try:
+            self.emit(record)
+        except Exception:
+            self.handleError(record)
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        task = _task.get()
+        if task is not None:
+            with contextlib.suppress(OSError):
+                task.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+        if logging.lastResort and record.levelno >= logging.lastResort.level and self._is_alone(record.name):
+            logging.lastResort.handle(record)
+
+    def _is_alone(self, name: str) -> bool:
+        """Whether no other handler gets the records of a logger, so that logging's last resort would."""
+        logger: Optional[logging.Logger] = logging.getLogger(name)
+        while logger:
+            if any(handler is not self for handler in logger.handlers):
+                return False
+            logger = logger.parent
+        return True
+
+
+_records = _Records()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2278,7 +2639,7 @@ def _index_page(target: _Target, commands: Mapping[str, Command]) -> Reply:
                 "NAME": name,
                 "POST": '<span class="post">POST</span>' if command.method == "POST" else "",
                 "ABOUT": html.escape(command.about),
-                "LINE": html.escape(command.command),
+                "LINE": html.escape(command.line),
                 "METHOD": command.method.lower(),
                 "FIELDS": "\n".join(_form_fields(command)),
                 "CURL": html.escape(_curl_line(target, name, command)),
@@ -2298,7 +2659,7 @@ def _index_json(url: str, commands: Mapping[str, Command]) -> str:
             "about": command.about,
             "method": command.method,
             "url": f"{url}/{name}",
-            "command": command.command,
+            "command": command.line,
             "parameters": [
                 {
                     "name": parameter.name,
@@ -2319,7 +2680,7 @@ def _index_text(target: _Target, commands: Mapping[str, Command]) -> str:
     """The commands as lines for a shell, each under its description."""
     lines = [f"# streamlog {__version__} on {socket.gethostname()}: each line runs a command\n"]
     for name, command in commands.items():
-        lines.append(f"# {command.about or command.command}\n{_curl_line(target, name, command)}\n")
+        lines.append(f"# {command.about or command.line}\n{_curl_line(target, name, command)}\n")
     return "\n".join(lines)
 
 
@@ -2387,8 +2748,12 @@ class Site:
                 self._check_slot(name, command)
             fields += _parse_form(request, read_body)
             values, given = self._sort_fields(name, command, fields)
-        options = _read_options(command, request, given)._replace(title=f"{name}: {command.command}")
-        launch = command.bind(name, values, stderr="merge" if options.format == "text" else "separate")
+        options = _read_options(command, request, given)._replace(title=f"{name}: {command.line}")
+        launch: Union[Launch, Call]
+        if command.is_task:
+            launch = command.call(name, values)
+        else:
+            launch = command.bind(name, values, stderr="merge" if options.format == "text" else "separate")
         class_, type_ = _FORMATS[options.format]
         headers = {"Content-Type": type_ if command.is_plain_text else command.type, "Vary": "Accept"}
         if options.format == "html":
@@ -2399,22 +2764,24 @@ class Site:
         if request.method == "HEAD":
             return Reply(200, headers)
         format_ = class_(options) if command.is_plain_text else Format()
-        said = _printable(f"{shlex.join(launch.argv)} {values}".encode(errors="replace"))
+        said = _printable(f"{launch} {values}".encode(errors="replace"))
         run = self._start(name, command, launch)
         try:
-            _log.debug("started %s as %d: %s", name, run.pid, said)
+            _log.debug("started %s as %s: %s", name, run, said)
         except BaseException:  # a program that embeds us may have filters of its own
             run.close()
             raise
         return Reply(200, headers, run=run, format=format_, name=name)
 
-    def _start(self, name: str, command: Command, launch: Launch) -> Run:
+    def _start(self, name: str, command: Command, launch: Union[Launch, Call]) -> Run:
         timeout = self._settings.timeout_seconds if command.timeout is None else command.timeout
         with self._lock:
             self._check_slot(name, command)
             self._runs[name] += 1
         try:
-            return Run(launch, self._settings, timeout, lambda: self._free_slot(name))
+            if isinstance(launch, Call):
+                return Task(launch, self._settings, timeout, lambda: self._free_slot(name))
+            return Process(launch, self._settings, timeout, lambda: self._free_slot(name))
         except BaseException:
             self._free_slot(name)
             with self._lock:
@@ -2503,6 +2870,7 @@ _BODY_SECONDS = 30.0
 _REPLY_SECONDS = 30.0
 # More threads than this are of no use on one machine; and a descriptor limit above it is not asked for.
 _DESCRIPTORS_MAX = 65536
+_AHEAD_BYTES = 1 << 20  # of output that is kept while a program writes input
 _OWN_DESCRIPTORS = 16  # of the server itself, and of a run that is being started
 _RUN_DESCRIPTORS = 3  # of a run that goes on: its outputs, and the watch for its exit
 _COMMON_HEADERS = (
@@ -3002,6 +3370,21 @@ def _tune(sock: socket.socket, keepalive_seconds: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()  # that serve in threads of their own
+
+
+@functools.cache
+def _watch_program() -> None:
+    """Have servers closed when the program ends, and disowned where it forks."""
+
+    def each(act: Callable[[Server], None]) -> None:
+        for server in list(_servers):
+            act(server)
+
+    atexit.register(each, Server.close)
+    os.register_at_fork(after_in_child=lambda: each(Server.disown))
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The commands, behind a listening socket. Binds at once: OSError or ConfigError where it may not.
 
@@ -3101,7 +3484,9 @@ class Server(http.server.ThreadingHTTPServer):
         return self._closing_writer is None
 
     def start(self) -> Server:
-        """Serve in a thread of its own, and return at once."""
+        """Serve in a thread of its own, and return at once. The end of the program closes it too."""
+        _watch_program()
+        _servers.add(self)
         self._thread = threading.Thread(target=self.serve_forever, name="streamlog-accept", daemon=True)
         self._thread.start()
         return self
@@ -3244,6 +3629,19 @@ class Server(http.server.ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def disown(self) -> None:
+        """Let go of all descriptors, in a process that was forked off: they, and what runs, are its parent's."""
+        for client in self._clients:
+            client.sock.close()
+            if client.run:
+                client.run.disown()
+        self._clients.clear()
+        self.socket.close()
+        for descriptor in (self.closing, self._closing_writer):
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
+        self._closing_writer, self.closing = None, -1
+
     def _join(self, seconds: float) -> bool:
         """Wait for the threads of all clients; whether they have ended in time."""
         deadline = time.monotonic() + seconds
@@ -3252,6 +3650,136 @@ class Server(http.server.ThreadingHTTPServer):
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)
+
+
+# ---------------------------------------------------------------------------------------------
+# embedding: what a program calls that has this module inside
+
+
+_Given = Union[str, Sequence[str], Callable[..., object], Command]
+
+
+def _make_commands(commands: Mapping[str, _Given]) -> dict[str, Command]:
+    """Commands as a program gives them. Raises ConfigError, which names the command."""
+    made = {}
+    for name, given in commands.items():
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"a command's name is letters, digits, '.', '_' and '-': {name!r}")
+        try:
+            about = (inspect.getdoc(given) or "").partition("\n")[0] if callable(given) else ""
+            made[name] = given if isinstance(given, Command) else Command(given, about)
+        except ConfigError as error:
+            raise ConfigError(f"command {name!r}: {error}") from None
+    return made
+
+
+class Stream(Iterator[bytes]):
+    """The output of one run as it comes, in pieces of any size, and a hold on the run. Made by `stream`.
+
+    To be used by one thread at a time; any thread may call `stop`. It is a context manager, and closed at its end.
+    """
+
+    def __init__(self, run: Run, writer: Optional[int]) -> None:
+        self._run = run
+        self._writer = writer
+        self._ahead: collections.deque[bytes] = collections.deque()  # output that came while something was written
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> bytes:
+        while not self._ahead and not self._run.is_over:
+            self._read(self._run.wait({}))
+        if self._ahead:
+            return self._ahead.popleft()
+        self.close()
+        raise StopIteration
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    @property
+    def exit_code(self) -> Optional[int]:
+        """The exit code, 128 + N for signal N; None while the run goes on."""
+        return self._run.exit_code
+
+    def write(self, data: bytes) -> None:
+        """Give the command input. Raises BrokenPipeError where it takes none, or no more.
+
+        While it does not take it, up to 1 MiB of its output is kept for the next reading; beyond that both wait.
+        """
+        view = memoryview(data)
+        while view:
+            if self._writer is None or self._run.is_over:
+                raise BrokenPipeError("the command takes no input")
+            is_full = sum(map(len, self._ahead)) >= _AHEAD_BYTES
+            ready = self._run.wait({self._writer: select.POLLOUT}, is_paused=is_full)
+            if ready.pop(self._writer, 0):
+                with contextlib.suppress(BlockingIOError):
+                    view = view[os.write(self._writer, view) :]
+            self._read(ready)
+
+    def close_stdin(self) -> None:
+        """Tell the command that there is no more input."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            os.close(writer)
+
+    def stop(self) -> None:
+        """Ask the run to end: SIGTERM to its group, or `stopping` to a task. What still comes can be read."""
+        self._run.stop("stopped")
+
+    def close(self) -> None:
+        """Stop the run, and wait until all of it is gone, for the grace time at most. May be called twice."""
+        self.close_stdin()
+        self._ahead.clear()
+        self._run.close()
+
+    def _read(self, ready: Mapping[int, int]) -> None:
+        for descriptor in ready:
+            data = self._run.read(descriptor)
+            if data:
+                self._ahead.append(data)
+
+
+def stream(command: _Given, /, **values: object) -> Stream:
+    """Start a command at once; iterate over what is returned for its output, standard error included.
+
+    command: as for `start`. values: of its parameters, which are checked as those of a URL are. Raises Error (for a
+    value that is refused, or a program that cannot be started) or ConfigError.
+    """
+    made = _make_commands({"stream": command})["stream"]
+    texts = {name: str(value) for name, value in values.items()}
+    for name in texts:
+        if name not in made.parameters:
+            raise Error(f"the command has no parameter {name!r}; known are: {', '.join(made.parameters)}")
+    settings = Settings()
+    if made.is_task:
+        return Stream(Task(made.call("stream", texts), settings, made.timeout, lambda: None), None)
+    launch = made.bind("stream", texts)._replace(has_input=True)
+    run = Process(launch, settings, made.timeout, lambda: None)
+    return Stream(run, run.take_input())
+
+
+def start(commands: Mapping[str, _Given], **settings: Unpack[_SettingsGiven]) -> Server:
+    """Serve commands in threads of their own, and return at once; `close` the server that is returned.
+
+    commands: by name; each a command line, a list of arguments, a callable (a task) or a Command. settings: the fields
+    of Settings. Raises ConfigError for a mistake in either, and OSError for an address that cannot be had.
+    """
+    return Server(_make_commands(commands), Settings(**settings)).start()
+
+
+def serve(commands: Mapping[str, _Given], **settings: Unpack[_SettingsGiven]) -> None:
+    """Serve commands, as `start` does, until KeyboardInterrupt or the like, and close."""
+    with Server(_make_commands(commands), Settings(**settings)) as server:
+        server.serve_forever()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3363,9 +3891,9 @@ def _warnings(command: Command) -> Iterator[str]:
     """What is no mistake for certain, and most likely one."""
     if command.cwd and not os.path.isdir(command.cwd):
         yield f"no such directory: {command.cwd!r}"
-    if not _find_program(command):
+    if not command.is_task and not _find_program(command):
         yield f"program not found, or not executable: {command.program!r}"
-    for word in command.command.split():
+    for word in command.line.split():
         if not command.is_shell and re.fullmatch(r"[|&;<>]+|[0-9]?>.+", word):
             yield f"{word!r} means nothing without a shell: a leading ! asks for one"
 
@@ -3375,7 +3903,7 @@ _DEFAULTS = Command("true")
 
 def _describe(name: str, command: Command) -> str:
     """A command as it was understood, for --check."""
-    lines = [f"{command.method:4} /{name}  {command.command}"]
+    lines = [f"{command.method:4} /{name}  {command.line}"]
     if command.about:
         lines.append(f"about: {command.about}")
     lines.append(f"program: {_find_program(command) or 'not found'}")

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from streamlog import Command, Run, Settings
+from streamlog import Command, Process, Settings
 
 SCRIPTS = (
     "!(sleep 5; exit 1) >/dev/null 2>&1 & echo; exit 4",
@@ -19,7 +19,7 @@ SCRIPTS = (
 def main(count: int) -> None:
     settings = Settings(grace_seconds=0.05, drain_seconds=0.02)
     for number in range(count):
-        run = Run(Command(SCRIPTS[number % len(SCRIPTS)]).bind("x", {}), settings, None, lambda: None)
+        run = Process(Command(SCRIPTS[number % len(SCRIPTS)]).bind("x", {}), settings, None, lambda: None)
         while not run.is_over:
             for descriptor in run.wait({}):
                 run.read(descriptor)

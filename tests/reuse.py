@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 
-from streamlog import Command, Run, Settings
+from streamlog import Command, Process, Settings
 
 
 def set_next_pid(pid: int) -> None:
@@ -19,10 +19,10 @@ def set_next_pid(pid: int) -> None:
         file.write(str(pid - 1))
 
 
-def leave_group() -> Run:
+def leave_group() -> Process:
     """A run whose leader is reaped, and which does not know that the rest of its group has gone."""
     script = "!(trap '' TERM; sleep 300) >/dev/null 2>&1 & sleep 0.01"
-    run = Run(Command(script).bind("x", {}), Settings(grace_seconds=60), None, lambda: None)
+    run = Process(Command(script).bind("x", {}), Settings(grace_seconds=60), None, lambda: None)
     while not run.is_over:
         for descriptor in run.wait({}):
             run.read(descriptor)

@@ -171,7 +171,9 @@ class Serving(ServerCase):
             program.process.terminate()
             code, err = program.end()
         self.assertEqual(code, 0)
-        self.assertRegex(err, r"(?m)^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} started x as \d+: echo a b \{\}$")
+        self.assertRegex(
+            err, r"(?m)^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} started x as process group \d+: echo a b \{\}$"
+        )
         self.assertRegex(err, r'(?m)^\S+ client=127\.0\.0\.1:\d+ request="GET /x HTTP/1.1" status=200 exit=0 bytes=4 ')
 
     def test_options_reach_the_runs(self) -> None:

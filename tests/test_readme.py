@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,21 @@ class Readme(unittest.TestCase):
         found = re.search(rf"(?m)^\$ curl [^\n]*{re.escape(path)}'?\n([^$`\n].*\n)", README)
         self.assertIsNotNone(found, path)
         return found[1] if found else ""
+
+    def test_the_examples_for_programs_do_what_is_said_of_them(self) -> None:
+        inside, streaming = blocks("python")
+        fetch = "import urllib.request as u; print(u.urlopen(server.url + '/reindex?parts=1').read().decode())"
+        done = subprocess.run(
+            [sys.executable, "-c", inside.replace("...  # the program goes on", fetch)],
+            cwd=ROOT,
+            stdout=-1,
+            text=True,
+            stderr=-1,
+        )
+        self.assertRegex(done.stdout, r"^http://127.0.0.1:\d+\nWARNING root: part 0, quick\n1 of 1 done\n")
+        if shutil.which("ping"):
+            done = subprocess.run([sys.executable, "-c", streaming], cwd=ROOT, stdout=-1, text=True)
+            self.assertRegex(done.stdout, r"(?s)2 packets transmitted.*exit code 0\n$")
 
     def test_the_page_with_an_eventsource_is_the_one_that_is_tested(self) -> None:
         self.assertEqual(blocks("html"), [test_browser.Events.PAGE])

@@ -16,24 +16,24 @@ from typing import Any, Optional
 from unittest import mock
 
 import streamlog
-from streamlog import Command, Error, Run, Settings
+from streamlog import Command, Error, Process, Settings
 
 from .support import ROOT, SOAK, ServerCase, descriptors, is_alive, pids_in, wait_until
 
 
 class RunCase(ServerCase):
-    def run_(self, line: str, timeout: Optional[float] = None, stderr: str = "merge", **settings: Any) -> Run:
+    def run_(self, line: str, timeout: Optional[float] = None, stderr: str = "merge", **settings: Any) -> Process:
         self.released = 0
 
         def release() -> None:
             self.released += 1
 
         launch = Command(line, stderr=stderr).bind("x", {})
-        run = Run(launch, Settings(**{"grace_seconds": 1.0, "drain_seconds": 0.5, **settings}), timeout, release)
+        run = Process(launch, Settings(**{"grace_seconds": 1.0, "drain_seconds": 0.5, **settings}), timeout, release)
         self.addCleanup(run.close)
         return run
 
-    def read_all(self, run: Run) -> bytes:
+    def read_all(self, run: Process) -> bytes:
         """Everything to the end of a run, as a client that keeps up would get it."""
         data = b""
         while not run.is_over:
@@ -41,7 +41,7 @@ class RunCase(ServerCase):
                 data += run.read(descriptor)
         return data
 
-    def stall(self, run: Run) -> None:
+    def stall(self, run: Process) -> None:
         """Be a client that takes nothing, until the leader is reaped."""
         reader, writer = os.pipe()
         os.close(writer)
@@ -50,7 +50,7 @@ class RunCase(ServerCase):
             self.assertFalse(set(ready) & set(run.outputs))
         os.close(reader)
 
-    def read_some(self, run: Run, mark: bytes = b"\n") -> bytes:
+    def read_some(self, run: Process, mark: bytes = b"\n") -> bytes:
         """Output up to a mark."""
         data = b""
         while mark not in data:
@@ -231,7 +231,7 @@ class Stops(RunCase):
                 self.stall(run)
                 while not run.is_over:
                     run.wait({}, is_paused=True)
-        self.assertEqual((run.exit_code, run.reason), (0, "its processes do not end"))
+        self.assertEqual((run.exit_code, run.reason), (0, "it does not end"))
         real(run.pid, signal.SIGKILL)
 
     def test_who_cannot_be_looked_at_is_taken_for_living(self) -> None:
@@ -305,7 +305,7 @@ class Starts(RunCase):
             (Command("true " + "x" * 200_000), "cannot start 'true': Argument list too long"),
         ):
             with self.subTest(told=told), self.assertRaises(Error) as caught:
-                Run(command.bind("x", {}), Settings(), None, self.fail)
+                Process(command.bind("x", {}), Settings(), None, self.fail)
             self.assertEqual((str(caught.exception), caught.exception.status), (told, 500))
 
     def test_a_shortage_is_a_503_and_leaves_nothing(self) -> None:

@@ -576,7 +576,7 @@ class Departures(ServerCase):
         client.read_head()
         (held,) = server._clients
         wait_until(lambda: held.outbox, "the command is held back")
-        pid = held.run.pid if held.run else 0
+        pid = held.run.pid if isinstance(held.run, streamlog.Process) else 0
         client.reset()
         wait_until(lambda: not is_alive(pid), "yes is gone", 1)
 

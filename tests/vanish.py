@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-from streamlog import Command, Server, Settings
+from streamlog import Command, Process, Server, Settings
 
 from .support import is_alive, wait_until
 
@@ -48,7 +48,7 @@ def main() -> int:
             client = subprocess.Popen(inside, stdout=subprocess.PIPE, text=True)
             assert client.stdout and client.stdout.readline() == "HTTP/1.1 200\n"
             (held,) = server._clients
-            assert held.run
+            assert isinstance(held.run, Process)
             pid = held.run.pid
             ip("-n", name, "link", "set", f"{name}b", "down")
             time.sleep(0.5)
