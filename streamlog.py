@@ -272,7 +272,7 @@ def _make_parameter(name: str, type_: str, default: Optional[str]) -> Parameter:
         pattern = type_
     try:
         return Parameter(name, type_, re.compile(pattern, re.ASCII), default)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError, ValueError) as error:
         raise ConfigError(f"parameter {name!r} has a bad regular expression: {error}: {type_!r}") from None
 
 
@@ -1899,6 +1899,9 @@ class Run:
         except BlockingIOError:
             return b""
         self._owed[descriptor] = owed - len(data)
+        self._left_bytes -= len(data)
+        if self._left_bytes < 0:  # told before the output may close, and the run be over
+            self.stop(f"output limit of {self._settings.max_output_bytes} bytes")
         if not data or len(data) == owed:
             self._close_output(descriptor)
         elif len(data) == self._block < _BLOCK_MAX_BYTES:
@@ -1908,11 +1911,8 @@ class Run:
                     fcntl.fcntl(descriptor, _SET_PIPE_SIZE, self._block)
         elif len(data) < self._block // 4:
             self._block = max(_BLOCK_MIN_BYTES, self._block // 2)
-        self._left_bytes -= len(data)
-        if self._left_bytes >= 0:
-            return data
-        self.stop(f"output limit of {self._settings.max_output_bytes} bytes")
-        return data[: int(self._left_bytes)]
+        surplus = int(max(0, -self._left_bytes))
+        return data[: max(0, len(data) - surplus)] if surplus else data
 
     def stop(self, reason: str) -> None:
         """Ask it to end, and force it after the grace time. The first reason is the one that counts."""
@@ -2864,9 +2864,11 @@ class Site:
 _RECEIVE_BYTES = 64 * 1024
 # Time for a client to read an answer that ends in a close, while it may still be sending (RFC 9112 section 9.6).
 _LINGER_SECONDS = 2.0
-# Time for what is left of a cut answer to reach the client: short, for a shutdown waits for it.
+# Time for what is left of an answer to reach the client while the server closes.
 _CUT_SECONDS = 0.5
 _BODY_SECONDS = 30.0
+_WARN_SECONDS = 60.0
+_LOCK_SECONDS = 5.0
 _REPLY_SECONDS = 30.0
 # More threads than this are of no use on one machine; and a descriptor limit above it is not asked for.
 _DESCRIPTORS_MAX = 65536
@@ -2895,7 +2897,7 @@ def _make_tls_context(settings: Settings) -> ssl.SSLContext:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # which LibreSSL has not
     context.set_alpn_protocols(["http/1.1"])
     cert, key = settings.tls_cert, settings.tls_key or settings.tls_cert
     try:
@@ -2903,7 +2905,11 @@ def _make_tls_context(settings: Settings) -> ssl.SSLContext:
             open(path, "rb").close()  # else the error does not tell which of them is missing
         context.load_cert_chain(cert, key, refuse)
     except ssl.SSLError as error:
-        raise ConfigError(f"cannot use the certificate {cert!r} with the key {key!r}: {error.reason}") from None
+        said = f" ({error.reason})" if error.reason else ""
+        raise ConfigError(
+            f"cannot use the certificate {cert!r} with the key {key!r}: both must be PEM, and of a pair; "
+            f"the key is looked for beside the certificate unless --tls-key names it{said}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"cannot read {path!r}: {error.strerror}") from None
     return context
@@ -2918,12 +2924,14 @@ class _Tls:
         self._not_yet, self._at_end = ssl.SSLWantReadError, ssl.SSLZeroReturnError
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.is_begun = False
         self.is_ready = False  # the handshake is over
         self.is_over = False  # the client has ended it
 
     def decrypt(self, data: bytes) -> bytes:
         """What the client says in what has come. What is owed to it for that is given out by `encrypt`."""
         self._incoming.write(data)
+        self.is_begun = True
         text = b""
         try:
             if not self.is_ready:
@@ -3019,8 +3027,8 @@ class _Client:
 
     def end(self) -> None:
         """Say that nothing more will come."""
-        if self._tls and not self.lost:
-            tls, self._tls = self._tls, None  # what still comes is of no interest
+        tls, self._tls = self._tls, None  # what still comes is of no interest
+        if tls and not self.lost:
             self.send(tls.end())
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
@@ -3068,7 +3076,7 @@ class _Client:
             data = b""
         is_over = not data
         if self._tls and data:
-            if not self._tls.is_ready and _REQUEST_LINE.match(data):
+            if not self._tls.is_begun and _REQUEST_LINE.match(data):
                 self._tls = None
                 self.inbox += data
                 raise Error("this port speaks TLS: use https")
@@ -3188,8 +3196,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _hold_back(self) -> None:
         """Make guesses at a token slow. Meanwhile the connection is one that makes room for others."""
-        self._client.idle_since = time.monotonic()
-        _poll({self._closing: select.POLLIN}, time.monotonic() + self.server.settings.refusal_seconds)
+        client = self._client
+        client.idle_since = time.monotonic()
+        watched = {self._closing: select.POLLIN, client.fileno(): 0}  # poll tells of its eviction unasked
+        _poll(watched, time.monotonic() + self.server.settings.refusal_seconds)
 
     def _read_head(self) -> bytes:
         """The next head. A connection may be silent for the idle time; a head, once begun, must be whole in its own."""
@@ -3275,7 +3285,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             # Without the final chunk the client can tell a cut answer from a whole one (RFC 9112 section 8).
             if is_chunked and not outcome.reason:
                 client.send(b"0\r\nExit-Code: %d\r\n\r\n" % outcome.exit_code)
-            client.settle(time.monotonic() + _CUT_SECONDS if outcome.reason else math.inf, self._closing)
+            if outcome.reason:  # its slot does not wait for the client
+                run.close()
+            client.settle(time.monotonic() + _REPLY_SECONDS if outcome.reason else math.inf, self._closing)
             if client.outbox and not outcome.reason:
                 outcome = outcome._replace(reason=_SHUTTING_DOWN)
             self._must_reset = bool(outcome.reason) and not is_chunked
@@ -3341,6 +3353,29 @@ def _find_reach(family: int, address: Any) -> Reach:
         return Reach.UNIX
     is_loopback = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
     return Reach.LOOPBACK if is_loopback else Reach.NETWORK
+
+
+@contextlib.contextmanager
+def _lock_folder(path: str) -> Iterator[None]:
+    """Hold off others that make a socket in the same folder: one that does not listen yet looks like a dead one's."""
+    try:
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    except PermissionError:  # it may be written to and searched only: then there is no lock
+        yield
+        return
+    deadline = time.monotonic() + _LOCK_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                _poll({}, time.monotonic() + 0.02)  # nothing tells by event that it is free
+        yield
+    finally:
+        os.close(folder)
 
 
 def _clear_socket(path: str) -> None:
@@ -3410,7 +3445,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.reach is Reach.NETWORK and not settings.token and not settings.no_auth:
             raise ConfigError(
                 f"others reach {address[0]}, and could run every command: set a token (STREAMLOG_TOKEN or "
-                "--token-file), bind 127.0.0.1 and come by ssh -L, or say --no-auth to allow it"
+                "--token-file), bind (or ListenStream=) 127.0.0.1 and come by ssh -L, or say --no-auth to allow it"
             )
         self.settings = settings
         self.socket_path = os.fsdecode(address) if self.reach is Reach.UNIX else ""
@@ -3422,7 +3457,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._clients: dict[_Client, threading.Thread] = {}
         self.site.count_clients = self._clients.__len__
         self._thread: Optional[threading.Thread] = None
-        self._is_short = False
+        self._warned_at = -math.inf
         super().__init__(address, _Handler, bind_and_activate=False)
         try:
             if listener is None:
@@ -3452,10 +3487,12 @@ class Server(http.server.ThreadingHTTPServer):
         if not self.socket_path:
             socketserver.TCPServer.server_bind(self)
             return
-        _clear_socket(self.socket_path)
-        self.socket.bind(self.socket_path)
-        self._made_socket = os.stat(self.socket_path)
-        os.chmod(self.socket_path, 0o600)  # in time: nobody can connect before it listens
+        with _lock_folder(self.socket_path):
+            _clear_socket(self.socket_path)
+            self.socket.bind(self.socket_path)
+            self._made_socket = os.stat(self.socket_path)
+            os.chmod(self.socket_path, 0o600)  # in time: nobody can connect before it listens
+            self.server_activate()  # listen(2), which may be called again
 
     def server_close(self) -> None:
         """Close the listener, and remove the file of a unix socket if it is still ours."""
@@ -3538,7 +3575,6 @@ class Server(http.server.ThreadingHTTPServer):
             self._clients[request] = thread
         try:
             thread.start()
-            self._is_short = False
         except RuntimeError as error:
             self._warn_once(error)
             with self._lock:
@@ -3557,9 +3593,9 @@ class Server(http.server.ThreadingHTTPServer):
                 del self._clients[request]
 
     def _warn_once(self, error: Exception) -> None:
-        """Log a shortage when it begins, and not at each connection that it costs."""
-        if not self._is_short:
-            self._is_short = True
+        """Log a shortage now and then, and not at each connection that it costs."""
+        if time.monotonic() >= self._warned_at + _WARN_SECONDS:
+            self._warned_at = time.monotonic()
             _log.warning("cannot serve a new connection: %s", error)
 
     def _refuse(self, client: _Client) -> None:
@@ -3827,7 +3863,7 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
         return read
 
-    seconds = number(float, 0, 1e9, "a number of seconds")
+    seconds = number(float, 0, 1e9, "a number of seconds, 0 or more")
     parser = Parser(prog="streamlog", allow_abbrev=False)
     parser.add_argument("commands", nargs="*")
     parser.add_argument("-p", "--port", type=number(int, 0, 65535, "a port from 0 to 65535"), default=8000)
@@ -3839,8 +3875,8 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--max-output", type=_read_size, default=0)
     parser.add_argument("--max-runs", type=number(int, 1, 1e6, "a whole number above 0"), default=64)
     parser.add_argument("--token-file")
-    parser.add_argument("--tls-cert", default="")
-    parser.add_argument("--tls-key", default="")
+    parser.add_argument("--tls-cert")
+    parser.add_argument("--tls-key")
     parser.add_argument("--no-auth", action="store_true")
     parser.add_argument("--allow-host", action="append", default=[], type=_read_host)
     parser.add_argument("--allow-origin", action="append", default=[], type=_read_origin)
@@ -3849,6 +3885,8 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("-q", "--quiet", action="store_true")
     parser.add_argument("--version", action="version", version=f"streamlog {__version__}")
     options = parser.parse_intermixed_args(argv)
+    if "" in (options.tls_cert, options.tls_key):
+        raise ConfigError("--tls-cert and --tls-key need the name of a file")
     if options.tls_key and not options.tls_cert:
         raise ConfigError("--tls-key needs a --tls-cert that it belongs to")
     return options
@@ -3940,8 +3978,8 @@ def _make_settings(options: argparse.Namespace) -> Settings:
         stall_seconds=options.stall,
         max_runs=int(options.max_runs),
         max_output_bytes=options.max_output,
-        tls_cert=options.tls_cert,
-        tls_key=options.tls_key,
+        tls_cert=options.tls_cert or "",
+        tls_key=options.tls_key or "",
         token=_load_token(options),
         no_auth=options.no_auth,
         allow_hosts=options.allow_host,
@@ -4023,15 +4061,17 @@ def _handle_signals(server: Server, reload_writer: Optional[int]) -> None:
 def _reload(server: Server, options: argparse.Namespace) -> None:
     """Read the commands again; those that are wrong leave the old ones in force."""
     try:
+        if options.config is not None and not os.path.isfile(options.config):  # a FIFO would hold everything up
+            raise ConfigError(f"cannot read {options.config!r} again: it is no file")
         commands = _load_commands(options)
         server.replace(commands)
-    except Error as error:
+    except Exception as error:  # whatever it is, no reason to end what runs
         _log.error("the commands stay as they were: %s", error)
         return
     for name, command in commands.items():
         for warning in _warnings(command):
             _log.warning("command %r: %s", name, warning)
-    _log.info("read %s again: %d commands", options.config, len(commands))
+    _log.info("read %s again: %d commands", options.config or options.tls_cert, len(commands))
 
 
 def _print(*lines: str) -> None:
@@ -4065,17 +4105,18 @@ def _serve(server: Server, commands: Mapping[str, Command], options: argparse.Na
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
         others[reader] = select.POLLIN
-        _handle_signals(server, None if options.config is None or _has_terminal() else writer)
+        can_reload = (options.config is not None or options.tls_cert) and not _has_terminal()
+        _handle_signals(server, writer if can_reload else None)
         _announce(server, commands, options.quiet)
         _notify("READY=1")
         while reader in server.serve_until(others) and not server.is_closing:
             os.read(reader, 1024)
             _reload(server, options)
         _notify("STOPPING=1")
+    finally:
         server.close()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # one more would spoil the exit code
             signal.signal(number, signal.SIG_IGN)
-    finally:
         os.close(reader)
         os.close(writer)
 
@@ -4101,7 +4142,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (OSError, UnicodeError) as error:  # the latter for a host name that can be none
         where = options.bind if options.bind.startswith("unix:") else f"{options.bind}:{options.port}"
         why = getattr(error, "strerror", None) or error
-        print(f"streamlog: cannot listen on {where}: {why}; choose another with -b and -p", file=sys.stderr)
+        is_taken = getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL)
+        advice = "; choose another with -b and -p" if is_taken else ""
+        print(f"streamlog: cannot listen on {where}: {why}{advice}", file=sys.stderr)
         return 2
     _configure_logging(options)
     _serve(server, commands, options)

@@ -112,6 +112,24 @@ class Bounds(ServerCase):
         metrics = self.fetch(server, "/-/metrics").body
         self.assertIn(b'streamlog_runs_total{command="over",outcome="output_limit"} 1', metrics)
 
+    def test_output_over_the_limit_is_cut_also_where_a_grandchild_holds_the_pipe(self) -> None:
+        server = self.serve(
+            {"x": "!head -c 300000 /dev/zero; sleep 300 & exit 0"}, max_output_bytes=299_990, drain_seconds=0.2
+        )
+        client = self.connect(server, receive_buffer=4096)
+        client.get("/x")
+        time.sleep(1)  # the drain time passes while the client does not read
+        answer = client.read_answer()
+        self.assertFalse(answer.is_whole)
+        self.assertIn(b"[stopped: output limit", answer.body[-100:])
+
+    def test_a_slow_client_gets_the_last_line_of_a_cut_answer(self) -> None:
+        server = self.serve({"yes": Command("yes", timeout=0.3)})
+        client = self.connect(server, receive_buffer=4096)
+        client.get("/yes")
+        time.sleep(1.5)
+        self.assertIn(b"[stopped: timeout after 0.3 s", client.read_answer().body[-100:])
+
     def test_what_a_command_prints_after_its_limit_is_not_sent_and_holds_nothing_up(self) -> None:
         script = "!trap 'seq 1 100000; exit' TERM; seq 1 1000; while :; do sleep 0.05; done"
         server = self.serve({"x": script}, max_output_bytes=100)
@@ -283,6 +301,16 @@ class Attacks(ServerCase):
 
     def active(self, program: Program) -> int:
         return int(re.findall(rb'runs_active{command="yes"} ([0-9]+)', program.fetch("/-/metrics").body)[0])
+
+    def test_guesses_at_the_token(self) -> None:
+        server = self.serve({"x": "echo x"}, token="right")
+        wrong = b"GET /x HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer wrong\r\n\r\n"
+        with mock.patch.object(server, "_client_max", 20), contextlib.ExitStack() as stack:
+            for _ in range(60):
+                stack.enter_context(self.connect(server)).send(wrong)
+            wait_until(lambda: len(server._clients) <= 21, "those that were evicted are gone at once", 0.5)
+            answer = self.fetch(server, "/x", headers=["Authorization: Bearer right"])
+            self.assertEqual(answer.status, 200)
 
     def test_idle_connections(self) -> None:
         with self.attacked() as program, self.swarm(program, 500):

@@ -188,8 +188,10 @@ class Hangups(ServerCase):
         for text, told in (
             ("[x]\nnothing = 1\n", "unknown option 'nothing'"),
             ("", "there is no command in it"),
+            ("[x]\ncommand = echo {x:a{99999999999999999999}}\n", "has a bad regular expression"),
+            ("[x]\ncommand = echo {x:" + "(" * 3000 + ")" * 3000 + "}\n", "has a bad regular expression"),
             ("[x]\ncommand = echo\n[x]\ncommand = echo\n", "already exists"),
-            (None, "No such file"),
+            (None, "it is no file"),
         ):
             if text is None:
                 self.config.unlink()
@@ -204,6 +206,15 @@ class Hangups(ServerCase):
         self.write("new")
         program.process.send_signal(signal.SIGHUP)
         wait_until(lambda: self.status(program, "/new") == 200, "the file is right again")
+
+    def test_a_file_that_has_become_a_fifo_holds_nothing_up(self) -> None:
+        program = self.start("-c", str(self.config))
+        self.config.unlink()
+        os.mkfifo(self.config)
+        program.process.send_signal(signal.SIGHUP)
+        self.assertEqual(self.status(program, "/old"), 200)
+        program.process.terminate()
+        self.assertEqual(program.end()[0], 0)
 
     def test_hundreds_of_hangups_under_load_lose_no_request(self) -> None:
         program = self.start("-q", "-c", str(self.config))

@@ -214,6 +214,16 @@ class Tls(Tcp):
             streamlog._log.info("so that there is one")
         self.assertEqual(len(logged.output), 1, logged.output)
 
+    def test_plain_http_after_junk_leaves_no_traceback(self) -> None:
+        server = self.listen({"x": "echo x"})
+        with self.assertNoLogs_():
+            client = self.connect(server)
+            client.send(b"\0\1junk\r\n")
+            wait_until(lambda: all(held.lost for held in server._clients), "it is lost")
+            with contextlib.suppress(OSError):
+                client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            wait_until(lambda: not server._clients, "it is gone", 5)
+
     def test_a_broken_record_in_the_middle_ends_the_connection_and_its_run(self) -> None:
         server = self.listen({"x": "!echo $$; sleep 300"})
         client = self.join(server)
@@ -262,6 +272,7 @@ class Tls(Tcp):
                 "is encrypted: write it without",
             ),
             (["--tls-key", CERTIFICATE], "--tls-key needs a --tls-cert"),
+            (["--tls-cert", ""], "need the name of a file"),
         ):
             with self.subTest(options=options):
                 done = run_program("-p", "0", *options, "true", stdin=subprocess.DEVNULL)
@@ -308,6 +319,27 @@ class Unix(Tcp):
         self.assertEqual(self.fetch(server, "/x").body, b"x\n")
         server.close()
         self.assertFalse(path.exists())
+
+    def test_of_servers_that_start_at_once_one_has_the_socket(self) -> None:
+        path = self.folder / "socket"
+        for _ in range(max(3, SOAK // 50)):
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as dead:
+                dead.bind(str(path))
+            found: list[streamlog.Server] = []
+            start = threading.Barrier(4)
+
+            def listen(found: list[streamlog.Server] = found, start: threading.Barrier = start) -> None:
+                start.wait()
+                with contextlib.suppress(OSError):
+                    found.append(streamlog.Server({}, Settings(bind=f"unix:{path}")))
+
+            threads = [threading.Thread(target=listen) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual(len(found), 1)
+            found[0].close()
 
     def test_what_is_no_socket_is_left_alone(self) -> None:
         path = self.folder / "socket"
