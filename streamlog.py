@@ -118,8 +118,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional,
 if TYPE_CHECKING:
     import argparse
     import ssl
-
-    from typing_extensions import TypedDict, Unpack
+    from typing import TypedDict, Unpack
 
     class _SettingsGiven(TypedDict, total=False):
         """The fields of Settings, for type checkers."""
