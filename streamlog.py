@@ -659,7 +659,10 @@ class Command:
         """Give a task its values. Raises Error as `bind` does."""
         assert callable(self.command)
         bound = self._check_values(name, values)
-        return Call(self.command, {key: self._converts[key](value) for key, value in bound.items()})
+        try:
+            return Call(self.command, {key: self._converts[key](value) for key, value in bound.items()})
+        except ValueError as error:  # Python reads no int of thousands of digits
+            raise Error(f"a value of {name!r} cannot be taken: {error}") from None
 
     def bind(self, name: str, values: Mapping[str, str], stderr: str = "merge") -> Launch:
         """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text.
