@@ -92,6 +92,7 @@ import itertools
 import json
 import logging
 import math
+import queue
 import re
 import resource
 import select
@@ -111,9 +112,9 @@ import typing
 import urllib.parse
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Literal, NamedTuple, NoReturn, Optional, Union
 
 if TYPE_CHECKING:
     import argparse
@@ -142,10 +143,24 @@ if TYPE_CHECKING:
         refusal_seconds: float
         keepalive_seconds: int
         child_nofile: Optional[tuple[int, int]]
+        insight: bool
+        log: int
 
 
 __version__ = "0.1.0"
-__all__ = ["Command", "ConfigError", "Error", "Server", "Settings", "Stream", "serve", "start", "stopping", "stream"]
+__all__ = [
+    "Command",
+    "ConfigError",
+    "Error",
+    "Server",
+    "Settings",
+    "Stream",
+    "serve",
+    "start",
+    "stopping",
+    "stream",
+    "wsgi",
+]
 
 _log = logging.getLogger("streamlog")
 
@@ -194,6 +209,8 @@ class Settings:
     refusal_seconds: float = 1.0  # until the answer to a wrong token
     keepalive_seconds: int = 15
     child_nofile: Optional[tuple[int, int]] = None  # (soft, hard) RLIMIT_NOFILE for commands; None: as ours
+    insight: bool = True  # serve /log, /stacks and /level of this program
+    log: int = 0  # bytes of this program's newest records that are kept for /log; 0: none
 
     @property
     def scheme(self) -> str:
@@ -629,6 +646,11 @@ class Command:
                     raise ConfigError(f"default or choice of parameter {parameter.name!r} {problem}: {value!r}")
 
     @property
+    def methods(self) -> Sequence[str]:
+        """The methods that it is run by."""
+        return (self.method,)
+
+    @property
     def is_shell(self) -> bool:
         """Whether the command is a script for /bin/sh."""
         return isinstance(self.command, str) and self.command.lstrip().startswith("!")
@@ -884,6 +906,8 @@ class Request:
     authority: str
     headers: Mapping[str, str]
     is_http_1_0: bool = False
+    scheme: str = ""  # where it is not the server's own, which takes it
+    prefix: str = ""  # of the URL, before the path: where the site is mounted in another
 
     @property
     def host(self) -> str:
@@ -1101,6 +1125,7 @@ _BLOCK_LINES = 200
 _CLIENT_GONE = "client gone"
 _CLIENT_STALLED = "client stalled"
 _SHUTTING_DOWN = "the server is shutting down"
+_FORKED = "it is another process's"
 _KINDS = {
     _CLIENT_GONE: "client_gone",
     _CLIENT_STALLED: "client_stalled",
@@ -1146,6 +1171,11 @@ class Options(NamedTuple):
 _PLAIN = Options()
 
 
+def _timestamp(moment: float) -> str:
+    """A time (time.time()) as RFC 3339 has it, with milliseconds and zone."""
+    return datetime.datetime.fromtimestamp(moment).astimezone().isoformat(timespec="milliseconds")
+
+
 class Format:
     """Output as it is; the other formats build on it.
 
@@ -1189,9 +1219,7 @@ class Format:
         return b""
 
     def _stamp(self) -> str:
-        """The time, as RFC 3339 has it, with milliseconds and zone."""
-        moment = datetime.datetime.fromtimestamp(self._clock()).astimezone()
-        return moment.isoformat(timespec="milliseconds")
+        return _timestamp(self._clock())
 
     def _still_running(self) -> str:
         self._said = self._timer()
@@ -1897,7 +1925,7 @@ class Run:
         """The next block of an output that is ready. Empty at its end, or when there was nothing after all."""
         owed = self._owed.get(descriptor, math.inf)
         try:
-            data = os.read(descriptor, int(min(self._block, owed, limit)))
+            data = self._take(descriptor, int(min(self._block, owed, limit)))
         except BlockingIOError:
             return b""
         self._owed[descriptor] = owed - len(data)
@@ -1915,6 +1943,10 @@ class Run:
             self._block = max(_BLOCK_MIN_BYTES, self._block // 2)
         surplus = int(max(0, -self._left_bytes))
         return data[: max(0, len(data) - surplus)] if surplus else data
+
+    def _take(self, descriptor: int, size: int) -> bytes:
+        """Up to so many bytes of an output. Raises BlockingIOError where there is nothing yet."""
+        return os.read(descriptor, size)
 
     def stop(self, reason: str) -> None:
         """Ask it to end, and force it after the grace time. The first reason is the one that counts."""
@@ -1992,7 +2024,8 @@ class Run:
             release()
 
     def disown(self) -> None:
-        """Close its descriptors, in a process that was forked off."""
+        """Close its descriptors, in a process that was forked off: what runs, and its slot, are the parent's."""
+        self.reason, self._release = self.reason or _FORKED, None
         self._drop_outputs()
         if self._exit_watch is not None:
             os.close(self._exit_watch)
@@ -2244,12 +2277,46 @@ def stopping() -> bool:
     return task is not None and task.is_stopping
 
 
-class _Records(logging.Handler):
+class _Guest(logging.Handler):
+    """A handler that a program does not notice among its own."""
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Not under the lock that handlers have: a task whose client does not read must not stop all logging."""
+        try:
+            self.emit(record)
+        except Exception:
+            self.handleError(record)
+        # With a handler of ours there is one, and so logging would no longer do this by itself.
+        if logging.lastResort and record.levelno >= logging.lastResort.level and self._is_alone(record.name):
+            logging.lastResort.handle(record)
+        return True
+
+    def _is_alone(self, name: str) -> bool:
+        """Whether only guests get the records of a logger, and this is the first of them."""
+        logger: object = logging.Logger.manager.loggerDict.get(name, logging.root)
+        handlers = []
+        while isinstance(logger, logging.Logger):
+            handlers += logger.handlers
+            logger = logger.parent if logger.propagate else None
+        return handlers[:1] == [self] and all(isinstance(handler, _Guest) for handler in handlers)
+
+
+def _record_text(record: logging.LogRecord) -> str:
+    """What a record says, with its traceback. (A Formatter would leave its traceback in it, for all others to use.)"""
+    try:
+        text = record.getMessage()
+    except Exception as error:  # arguments that do not fit; the program's own handlers tell where
+        text = f"{record.msg!r} cannot be formatted: {error!r}"
+    if record.exc_info and record.exc_info[0]:
+        text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
+    return f"{text}\n{record.stack_info}" if record.stack_info else text
+
+
+class _Records(_Guest):
     """Sends each record to the run of the task that it was logged by. On the root logger while any task runs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         self._guard = threading.Lock()  # guards the count
         self._count = 0
 
@@ -2265,33 +2332,323 @@ class _Records(logging.Handler):
             if not self._count:
                 logging.getLogger().removeHandler(self)
 
-    def handle(self, record: logging.LogRecord) -> bool:
-        """Not under the lock that handlers have: a task whose client does not read must not stop all logging."""
-        try:
-            self.emit(record)
-        except Exception:
-            self.handleError(record)
-        return True
-
     def emit(self, record: logging.LogRecord) -> None:
         task = _task.get()
         if task is not None:
+            line = f"{record.levelname} {record.name}: {_record_text(record)}\n"
             with contextlib.suppress(OSError):
-                task.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
-        if logging.lastResort and record.levelno >= logging.lastResort.level and self._is_alone(record.name):
-            logging.lastResort.handle(record)
-
-    def _is_alone(self, name: str) -> bool:
-        """Whether no other handler gets the records of a logger, so that logging's last resort would."""
-        logger: Optional[logging.Logger] = logging.getLogger(name)
-        while logger:
-            if any(handler is not self for handler in logger.handlers):
-                return False
-            logger = logger.parent
-        return True
+                task.write(line.encode(errors="backslashreplace"))
 
 
 _records = _Records()
+
+
+# ---------------------------------------------------------------------------------------------
+# insight: the log, the log levels and the stacks of the program that has this module inside
+
+_QUEUE_RECORDS = 10_000  # that are still to be handed out: more are dropped, and counted
+_BEHIND_BYTES = 1 << 20  # of records that a viewer may be behind
+_RECORD_CHARACTERS = 64 * 1024  # more of a record are cut off
+# Time for more records to come, once some were handed out: a hundred viewers are woken a hundred times a second at
+# most, whatever is logged, or they would take the interpreter from those who log.
+_GATHER_SECONDS = 0.01
+
+_Maker = Callable[[Settings, Optional[float], _Release], Run]
+
+
+class _Entry(NamedTuple):
+    """A record as it is passed on; its line is made by whoever hands it out."""
+
+    level: int
+    logger: str
+    level_name: str
+    moment: float  # time.time()
+    text: str
+
+    @property
+    def line(self) -> bytes:
+        said = f"{_timestamp(self.moment)} {self.level_name} {self.logger}: {self.text}\n"
+        return said.encode(errors="backslashreplace")
+
+
+class _Wanted(NamedTuple):
+    """Which records somebody wants: of a logger and those below it, from a level up; and how many of the newest."""
+
+    logger: str
+    level: int
+    tail: int
+    is_followed: bool
+
+    def admits(self, level: int, logger: str) -> bool:
+        """Whether records of a level and a logger are among them. Our own are only where they are asked for."""
+        is_below = not self.logger or logger == self.logger or logger.startswith(f"{self.logger}.")
+        return is_below and level >= self.level and (logger != _log.name or self.logger == _log.name)
+
+
+class _LogView(Run):
+    """A run that follows the program's log, for one viewer. Who does not keep up loses records, and is told so."""
+
+    def __init__(
+        self, log: _ProgramLog, wanted: _Wanted, settings: Settings, timeout: Optional[float], release: _Release
+    ) -> None:
+        super().__init__(settings, timeout, release)
+        self.wanted = wanted
+        self._log = log
+        self._guard = threading.Lock()  # guards what follows
+        self._queue: collections.deque[memoryview] = collections.deque()
+        self._queued_bytes = 0
+        self._lost = 0
+        try:
+            reader, self._waker = os.pipe()  # there is one byte in it while there is something in the queue
+        except OSError as error:
+            raise _shortage(error) from None
+        os.set_blocking(reader, False)
+        self.outputs[reader] = "stdout"
+        try:
+            log.attach(self)
+        except RuntimeError as error:
+            self.disown()
+            raise _shortage(OSError(errno.EAGAIN, str(error))) from None
+        if not wanted.is_followed:
+            self._ask()
+
+    def __str__(self) -> str:
+        return "a view of the log"
+
+    def feed(self, lines: bytes, count: int) -> None:
+        """Take in so many records, or lose them."""
+        with self._guard:
+            if self._lost or (self._queue and self._queued_bytes + len(lines) > _BEHIND_BYTES):
+                self._lost += count
+            elif lines and self._waker >= 0:
+                self._put(lines)
+
+    def lose(self, count: int) -> None:
+        """Take note of records that were lost on the way here."""
+        self.feed(b"[%d records lost]\n" % count, count)
+
+    def _put(self, lines: bytes) -> None:
+        if not self._queue:
+            os.write(self._waker, b"\n")
+        self._queue.append(memoryview(lines))
+        self._queued_bytes += len(lines)
+
+    def _take(self, descriptor: int, size: int) -> bytes:
+        with self._guard:
+            if not self._queue:
+                return os.read(descriptor, 1)  # it is the end, or nothing is there yet
+            block = self._queue.popleft()
+            if len(block) > size:
+                self._queue.appendleft(block[size:])
+            if not self._queue:
+                os.read(descriptor, 1)
+            lines = bytes(block[:size])
+            self._queued_bytes -= len(lines)
+            if not self._queue and self._lost and self._waker >= 0:
+                self._put(b"[%d records lost]\n" % self._lost)
+                self._lost = 0
+            return lines
+
+    def _ask(self) -> None:
+        self._log.detach(self)
+        with self._guard:
+            self._close_waker()
+
+    _force = _ask
+
+    def _close_waker(self) -> None:
+        if self._waker >= 0:
+            os.close(self._waker)
+            self._waker = -1
+
+    def _reap(self) -> None:
+        self._set_exit_code(0)
+        self._finish()
+
+    def disown(self) -> None:
+        super().disown()
+        self._close_waker()
+
+
+def _find_logger(name: str) -> logging.Logger:
+    """The logger of a name, or else the nearest above it. (To ask logging for one would create it.)"""
+    while name:
+        found = logging.Logger.manager.loggerDict.get(name)
+        if isinstance(found, logging.Logger):
+            return found
+        name = name.rpartition(".")[0]
+    return logging.root
+
+
+class _ProgramLog(_Guest):
+    """The program's records, for those who watch; the newest of them are kept, where that is asked for.
+
+    A logging call leaves its record in a queue and goes on: to put something there neither waits for anybody nor lets
+    go of the interpreter's lock. While somebody watches, a thread hands the records out. The handler stands on
+    the loggers where the records end up: on the root, and on those that do not pass on what they get.
+    """
+
+    def __init__(self, keep_bytes: int) -> None:
+        super().__init__()
+        self._keep_bytes = keep_bytes
+        self._kept: collections.deque[_Entry] = collections.deque()
+        self._kept_bytes = 0
+        self._forget_views()
+        if keep_bytes:
+            logging.root.addHandler(self)
+
+    def _forget_views(self) -> None:
+        self._queue: queue.SimpleQueue[Optional[_Entry]] = queue.SimpleQueue()
+        self._guard = (
+            threading.Lock()
+        )  # guards the views, the thread and what is kept; never held where records come in
+        self._views: dict[_LogView, logging.Logger] = {}  # and where the handler stands for them
+        self._thread: Optional[threading.Thread] = None
+        self._drop_guard = threading.Lock()
+        self._dropped: Counter[tuple[int, str]] = Counter()  # records for which the queue had no room
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._queue.qsize() >= _QUEUE_RECORDS:
+            with self._drop_guard:
+                self._dropped[record.levelno, record.name] += 1
+            return
+        text = _record_text(record)[:_RECORD_CHARACTERS]
+        self._queue.put(_Entry(record.levelno, record.name, record.levelname, record.created, text))
+        if self._thread is None and self._guard.acquire(blocking=False):  # who fails leaves it to the next
+            try:
+                self._hand_out()
+            finally:
+                self._guard.release()
+
+    def follow(self, tail: int = 10, level: str = "", logger: str = "", follow: Literal[1, 0] = 1) -> _Maker:
+        """Follow this program's log, first its newest records where they are kept (live)"""
+        wanted = _Wanted("" if logger == "root" else logger, _read_level(level or "NOTSET"), max(0, tail), bool(follow))
+        return functools.partial(_LogView, self, wanted)
+
+    def attach(self, view: _LogView) -> None:
+        """Feed a view, first with the newest records. Raises RuntimeError if a thread cannot be had."""
+        with self._guard:
+            self._hand_out()
+            newest = (entry.line for entry in reversed(self._kept) if view.wanted.admits(entry.level, entry.logger))
+            lines = list(itertools.islice(newest, min(view.wanted.tail, len(self._kept))))
+            view.feed(b"".join(reversed(lines)), len(lines))
+            if self._thread is None:
+                thread = threading.Thread(target=self._serve, name="streamlog-log", daemon=True)
+                thread.start()
+                self._thread = thread
+            place = _find_logger(view.wanted.logger)
+            while place.propagate and place.parent:
+                place = place.parent
+            self._views[view] = place
+            place.addHandler(self)
+
+    def detach(self, view: _LogView) -> None:
+        """Feed a view no more. May be called twice."""
+        with self._guard:
+            place = self._views.pop(view, None)
+            if place:
+                self._leave(place)
+                if not self._views:
+                    self._queue.put(None)
+
+    def _leave(self, place: logging.Logger) -> None:
+        """Take the handler away from where it is of no more use."""
+        if place not in self._views.values() and not (self._keep_bytes and place is logging.root):
+            place.removeHandler(self)
+
+    def _serve(self) -> None:
+        while True:
+            first = self._queue.get()
+            with self._guard:
+                self._hand_out(first)
+                if not self._views:
+                    self._thread = None
+                    return
+            time.sleep(_GATHER_SECONDS)
+
+    def _hand_out(self, first: Optional[_Entry] = None) -> None:
+        """Give what is in the queue to the views, and keep it. To be called with the guard."""
+        entries = [first] if first else []
+        with contextlib.suppress(queue.Empty):
+            while len(entries) < _QUEUE_RECORDS:
+                entry = self._queue.get_nowait()
+                entries += [entry] if entry else []
+        with self._drop_guard:
+            dropped, self._dropped = self._dropped, Counter()
+        if self._keep_bytes:
+            self._keep(entries)
+        groups: defaultdict[_Wanted, list[_LogView]] = defaultdict(list)
+        for view in self._views:
+            groups[view.wanted].append(view)
+        for wanted, views in groups.items():
+            lines = [entry.line for entry in entries if wanted.admits(entry.level, entry.logger)]
+            block = b"".join(lines)
+            lost = sum(count for (level, logger), count in dropped.items() if wanted.admits(level, logger))
+            for view in views:
+                view.feed(block, len(lines))
+                if lost:
+                    view.lose(lost)
+
+    def _keep(self, entries: Sequence[_Entry]) -> None:
+        for entry in entries:
+            self._kept.append(entry)
+            self._kept_bytes += sys.getsizeof(entry.text)
+        while self._kept_bytes > self._keep_bytes:
+            self._kept_bytes -= sys.getsizeof(self._kept.popleft().text)
+
+    def end(self) -> None:
+        """Keep no more records. May be called twice. (Not `close`: logging calls that, when it is configured anew.)"""
+        with self._guard:
+            self._keep_bytes = 0
+            self._leave(logging.root)
+
+    def disown(self) -> None:
+        """Forget the views, in a process that was forked off; what is kept goes on to be."""
+        places = set(self._views.values())
+        self._forget_views()
+        for place in places:
+            self._leave(place)
+
+
+def _read_level(text: str) -> int:
+    """A level by its name, in any case, or its number. Raises Error."""
+    for name in (text, text.upper()):
+        level = logging.getLevelName(name)
+        if isinstance(level, int):
+            return level
+    if re.fullmatch(r"[0-9]{1,4}", text):
+        return int(text)
+    raise Error(f"a level is DEBUG, INFO, WARNING, ERROR, CRITICAL, NOTSET or a number: {text[:200]!r}")
+
+
+def _show_levels(logger: str = "") -> str:
+    """Show the level of a logger; or of the root, and of those that have one of their own"""
+    there = logging.Logger.manager.loggerDict
+    if logger and logger != "root" and logger not in there:
+        raise Error(f"there is no logger {logger[:200]!r} (yet)", 404)
+    own = sorted(name for name, found in there.copy().items() if isinstance(found, logging.Logger) and found.level)
+    levels = [(name, _find_logger(name).getEffectiveLevel()) for name in ([logger] if logger else ["root", *own])]
+    return "".join(f"{name} {logging.getLevelName(level)}\n" for name, level in levels)
+
+
+def _set_level(level: str, logger: str = "root") -> str:
+    """Set the level of a logger; NOTSET has it take that of the one above (GET shows the levels)"""
+    number = _read_level(level)
+    said = _show_levels(logger)  # which refuses one that is not there
+    logging.getLogger(logger if logger != "root" else None).setLevel(number)
+    return said.partition(" ")[0] + " set to " + logging.getLevelName(number) + "\n"
+
+
+def _show_stacks() -> str:
+    """Show what each thread is doing"""
+    threads = {thread.ident: thread for thread in threading.enumerate()}
+    frames = sys._current_frames()
+    shown = []
+    for ident in sorted(frames, key=lambda ident: (ident != threading.main_thread().ident, ident)):
+        thread = threads.get(ident)
+        said = f"{thread.name}{' (daemon)' if thread.daemon else ''}" if thread else "(not started by threading)"
+        shown.append(f"{said}, thread {ident}\n" + "".join(traceback.format_stack(frames[ident])))
+    return "\n".join(shown)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2300,7 +2657,7 @@ _records = _Records()
 # What a browser says of a request that nobody has asked for yet: it fetches a page ahead, in case it is.
 _AHEAD_HEADERS = ("sec-purpose", "purpose", "x-purpose", "x-moz")
 _CORS_HEADERS = {
-    "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
+    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, OPTIONS",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
     "Access-Control-Expose-Headers": "Retry-After",
     "Access-Control-Max-Age": "600",
@@ -2378,7 +2735,9 @@ class Access:
         if site is not None:
             is_own = site in ("same-origin", "none") or self._is_visit(request)
         else:
-            is_own = origin is None or origin.lower() == f"{self._scheme}://{request.authority.lower()}"
+            is_own = (
+                origin is None or origin.lower() == f"{request.scheme or self._scheme}://{request.authority.lower()}"
+            )
         if not is_own and not self._is_allowed_origin(request):
             who = _printable((origin or site or "").encode())
             raise Error(f"a page of another site ({who}) may not use this server: --allow-origin would let it", 403)
@@ -2439,12 +2798,12 @@ class _Target(NamedTuple):
     options: str = ""
 
 
-def _target(settings: Settings, authority: str, path: str = "") -> _Target:
-    """The target at an authority, or at the path of a unix socket."""
-    options = ' -u ":$STREAMLOG_TOKEN"' if settings.token else ""
+def _target(url: str, token: str, path: str = "") -> _Target:
+    """The target at a URL, or at the path of a unix socket."""
+    options = ' -u ":$STREAMLOG_TOKEN"' if token else ""
     if path:
         options += f" --unix-socket {shlex.quote(path)}"
-    return _Target(f"{settings.scheme}://{authority}", options)
+    return _Target(url, options)
 
 
 def _curl_line(target: _Target, name: str, command: Command) -> str:
@@ -2712,6 +3071,16 @@ class Site:
             "/favicon.ico": lambda _: Reply(204, {}),  # browsers ask for it unasked, and complain of a 404
             "/robots.txt": lambda _: _text_reply("User-agent: *\nDisallow: /\n"),
         }
+        self.log = _ProgramLog(settings.log if settings.insight else 0)
+        # By name and method. Their functions are called at once, and give text or the way to make a run.
+        self._own: Mapping[str, Mapping[str, Command]] = {}
+        if settings.insight:
+            set_level = Command(_set_level, "Set a logger's level; GET shows the levels", "POST")
+            self._own = {
+                "log": {"GET": Command(self.log.follow, "This program's log (live)")},
+                "stacks": {"GET": Command(_show_stacks, "What each thread of this program is doing")},
+                "level": {"GET": Command(_show_levels), "PUT": set_level, "POST": set_level},
+            }
 
     def answer(self, request: Request, read_body: Callable[[int], bytes]) -> Reply:
         """Answer a request. Raises Error for what is refused; nothing has been run then.
@@ -2722,25 +3091,36 @@ class Site:
         self.access.check(request)
         if self.access.is_preflight(request):
             return Reply(204, {})
-        command = self._commands.get(request.path[1:])
-        page = None if command else self._pages.get(request.path)
-        if command is None and page is None:
-            names = ", ".join(self._commands) or "(none)"
+        name = request.path[1:]
+        commands = self._find(name)
+        page = None if commands else self._pages.get(request.path)
+        if not commands and page is None:
+            names = ", ".join(self._listed) or "(none)"
             raise Error(f"there is nothing at {request.path[:200]!r}; the commands are: {names}", 404)
-        methods = ("OPTIONS", "POST") if command and command.method == "POST" else _SAFE_METHODS
+        methods = sorted({*commands, *(_SAFE_METHODS if page or "GET" in commands else ("OPTIONS",))})
         if request.method not in methods:
             allow = ", ".join(methods)
             raise Error(f"{request.path} takes {allow}, not {request.method[:200]}", 405, {"Allow": allow})
         if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise Error("the only expectation that can be met is 100-continue", 417)
-        if request.has_body and request.method != "POST":
+        if request.has_body and request.method in _SAFE_METHODS:
             raise Error(f"a {request.method} request takes no body: put parameters into the URL's query")
         if request.method == "OPTIONS":
             return Reply(204, {"Allow": ", ".join(methods)})
         if page is not None:
             return page(request)
-        assert command is not None
-        return self._run(request.path[1:], command, request, read_body)
+        return self._run(name, commands["GET" if request.method == "HEAD" else request.method], request, read_body)
+
+    def _find(self, name: str) -> Mapping[str, Command]:
+        """What a name runs, by method; one of our own only where no command has its name."""
+        command = self._commands.get(name)
+        return dict.fromkeys(command.methods, command) if command else self._own.get(name, {})
+
+    @property
+    def _listed(self) -> dict[str, Command]:
+        """What there is to be run, by name; what takes parameters by POST is listed so."""
+        own = {name: commands.get("POST") or commands["GET"] for name, commands in self._own.items()}
+        return {**self._commands, **{name: command for name, command in own.items() if name not in self._commands}}
 
     def _run(self, name: str, command: Command, request: Request, read_body: Callable[[int], bytes]) -> Reply:
         fields = list(_parse_query(request.query))
@@ -2752,10 +3132,13 @@ class Site:
             values, given = self._sort_fields(name, command, fields)
         options = _read_options(command, request, given)._replace(title=f"{name}: {command.line}")
         launch: Union[Launch, Call]
+        make: _Maker
         if command.is_task:
             launch = command.call(name, values)
+            make = functools.partial(Task, launch)
         else:
             launch = command.bind(name, values, stderr="merge" if options.format == "text" else "separate")
+            make = functools.partial(Process, launch)
         class_, type_ = _FORMATS[options.format]
         headers = {"Content-Type": type_ if command.is_plain_text else command.type, "Vary": "Accept"}
         if options.format == "html":
@@ -2767,7 +3150,13 @@ class Site:
             return Reply(200, headers)
         format_ = class_(options) if command.is_plain_text else Format()
         said = _printable(f"{launch} {values}".encode(errors="replace"))
-        run = self._start(name, command, launch)
+        if isinstance(launch, Call) and command is self._own.get(name, {}).get(request.method):
+            result = launch.function(**launch.arguments)
+            if isinstance(result, str):
+                parts = (format_.start(), format_.feed("stdout", result.encode()), format_.end(Outcome(0, "", 0.0)))
+                return Reply(200, headers, b"".join(parts))
+            make = typing.cast(_Maker, result)
+        run = self._start(name, command, make)
         try:
             _log.debug("started %s as %s: %s", name, run, said)
         except BaseException:  # a program that embeds us may have filters of its own
@@ -2775,15 +3164,13 @@ class Site:
             raise
         return Reply(200, headers, run=run, format=format_, name=name)
 
-    def _start(self, name: str, command: Command, launch: Union[Launch, Call]) -> Run:
+    def _start(self, name: str, command: Command, make: _Maker) -> Run:
         timeout = self._settings.timeout_seconds if command.timeout is None else command.timeout
         with self._lock:
             self._check_slot(name, command)
             self._runs[name] += 1
         try:
-            if isinstance(launch, Call):
-                return Task(launch, self._settings, timeout, lambda: self._free_slot(name))
-            return Process(launch, self._settings, timeout, lambda: self._free_slot(name))
+            return make(self._settings, timeout, lambda: self._free_slot(name))
         except BaseException:
             self._free_slot(name)
             with self._lock:
@@ -2822,6 +3209,11 @@ class Site:
         """Serve these commands from now on. Runs go on, and counts stay."""
         self._commands = dict(commands)
 
+    def forget_runs(self) -> None:
+        """Count no runs of a parent, in a process that was forked off."""
+        self._lock = threading.Lock()
+        self._runs.clear()
+
     def record(self, name: str, outcome: Outcome, sent_bytes: int) -> None:
         """Count a run that has ended, for the metrics."""
         with self._lock:
@@ -2850,14 +3242,15 @@ class Site:
 
     def _index(self, request: Request) -> Reply:
         path = self._socket_path if request.host == "localhost" else ""  # by another name it was a proxy that asked
-        target = _target(self._settings, request.authority, path)
+        url = f"{request.scheme or self._settings.scheme}://{request.authority}{request.prefix}"
+        target = _target(url, self._settings.token, path)
         headers = {"Vary": "Accept"}
         if "text/html" in request.accepted:
-            return _index_page(target, self._commands)
+            return _index_page(target, self._listed)
         if "application/json" in request.accepted:
             headers["Content-Type"] = "application/json"
-            return Reply(200, headers, _index_json(target.url, self._commands).encode())
-        return _text_reply(_index_text(target, self._commands), headers=headers)
+            return Reply(200, headers, _index_json(target.url, self._listed).encode())
+        return _text_reply(_index_text(target, self._listed), headers=headers)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3407,19 +3800,26 @@ def _tune(sock: socket.socket, keepalive_seconds: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
-_servers: weakref.WeakSet[Server] = weakref.WeakSet()  # that serve in threads of their own
+# What this program has open: servers in threads of their own, streams, applications.
+_open: weakref.WeakSet[Union[Server, Stream, _Application]] = weakref.WeakSet()
 
 
 @functools.cache
 def _watch_program() -> None:
-    """Have servers closed when the program ends, and disowned where it forks."""
+    """Have what is open closed when the program ends, and disowned where it forks."""
 
-    def each(act: Callable[[Server], None]) -> None:
-        for server in list(_servers):
-            act(server)
+    def close() -> None:
+        for owner in list(_open):
+            owner.shutdown()
+        for owner in list(_open):
+            owner.close()
 
-    atexit.register(each, Server.close)
-    os.register_at_fork(after_in_child=lambda: each(Server.disown))
+    def disown() -> None:
+        for owner in list(_open):
+            owner.disown()
+
+    atexit.register(close)
+    os.register_at_fork(after_in_child=disown)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -3525,7 +3925,7 @@ class Server(http.server.ThreadingHTTPServer):
     def start(self) -> Server:
         """Serve in a thread of its own, and return at once. The end of the program closes it too."""
         _watch_program()
-        _servers.add(self)
+        _open.add(self)
         self._thread = threading.Thread(target=self.serve_forever, name="streamlog-accept", daemon=True)
         self._thread.start()
         return self
@@ -3650,6 +4050,7 @@ class Server(http.server.ThreadingHTTPServer):
         outlast their grace time are killed; 4. the listener and what woke the threads are closed.
         """
         self.shutdown()
+        self.site.log.end()
         if self._thread is not None:
             self._thread.join()
         self.server_close()
@@ -3674,6 +4075,8 @@ class Server(http.server.ThreadingHTTPServer):
             if client.run:
                 client.run.disown()
         self._clients.clear()
+        self.site.log.disown()
+        self.site.log.end()
         self.socket.close()
         for descriptor in (self.closing, self._closing_writer):
             if descriptor is not None and descriptor >= 0:
@@ -3714,22 +4117,37 @@ def _make_commands(commands: Mapping[str, _Given]) -> dict[str, Command]:
 class Stream(Iterator[bytes]):
     """The output of one run as it comes, in pieces of any size, and a hold on the run. Made by `stream`.
 
-    To be used by one thread at a time; any thread may call `stop`. It is a context manager, and closed at its end.
+    It is a context manager, and closed at its end. One thread at a time reads or writes; any may `stop` or `close`.
     """
 
-    def __init__(self, run: Run, writer: Optional[int]) -> None:
+    _closed_reason = "closed"
+
+    def __init__(self, run: Run, writer: Optional[int], settings: Settings, format_: Optional[Format] = None) -> None:
         self._run = run
         self._writer = writer
-        self._ahead: collections.deque[bytes] = collections.deque()  # output that came while something was written
+        self._settings = settings
+        self._format = format_ or Format()
+        self._ahead: collections.deque[bytes] = collections.deque()  # that came while something was written
+        self._is_ended = False
+        self._turn = threading.Lock()  # of the one thread that uses the run
+        self._add(self._format.start())
+        _watch_program()
+        _open.add(self)
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> bytes:
-        while not self._ahead and not self._run.is_over:
-            self._read(self._run.wait({}))
-        if self._ahead:
-            return self._ahead.popleft()
+        with self._turn:
+            while not self._ahead and not self._is_ended:
+                self._read(self._run.wait({}, deadline=self._format.due))
+                if self._run.is_over:
+                    self._is_ended = True
+                    self._add(self._format.end(self._run.outcome))
+                elif time.monotonic() >= self._format.due:
+                    self._add(self._format.pause())
+            if self._ahead:
+                return self._ahead.popleft()
         self.close()
         raise StopIteration
 
@@ -3753,15 +4171,16 @@ class Stream(Iterator[bytes]):
         While it does not take it, up to 1 MiB of its output is kept for the next reading; beyond that both wait.
         """
         view = memoryview(data)
-        while view:
-            if self._writer is None or self._run.is_over:
-                raise BrokenPipeError("the command takes no input")
-            is_full = sum(map(len, self._ahead)) >= _AHEAD_BYTES
-            ready = self._run.wait({self._writer: select.POLLOUT}, is_paused=is_full)
-            if ready.pop(self._writer, 0):
-                with contextlib.suppress(BlockingIOError):
-                    view = view[os.write(self._writer, view) :]
-            self._read(ready)
+        with self._turn:
+            while view:
+                if self._writer is None or self._run.is_over:
+                    raise BrokenPipeError("the command takes no input")
+                is_full = sum(map(len, self._ahead)) >= _AHEAD_BYTES
+                ready = self._run.wait({self._writer: select.POLLOUT}, is_paused=is_full)
+                if ready.pop(self._writer, 0):
+                    with contextlib.suppress(BlockingIOError):
+                        view = view[os.write(self._writer, view) :]
+                self._read(ready)
 
     def close_stdin(self) -> None:
         """Tell the command that there is no more input."""
@@ -3773,17 +4192,41 @@ class Stream(Iterator[bytes]):
         """Ask the run to end: SIGTERM to its group, or `stopping` to a task. What still comes can be read."""
         self._run.stop("stopped")
 
+    shutdown = stop
+
     def close(self) -> None:
         """Stop the run, and wait until all of it is gone, for the grace time at most. May be called twice."""
+        self._run.stop(self._closed_reason)
+        has_turn = self._turn.acquire(timeout=self._settings.grace_seconds)
+        if not has_turn:
+            self._run.kill()
+            has_turn = self._turn.acquire(timeout=_ABANDON_SECONDS)
+        if has_turn:  # or else it is left to who has it, and does not return
+            try:
+                self._is_ended = True
+                self.close_stdin()
+                self._ahead.clear()
+                self._run.close()
+            finally:
+                self._turn.release()
+
+    def disown(self) -> None:
+        """Let go of it in a process that was forked off: the run is its parent's."""
+        self._turn = threading.Lock()
+        self._is_ended = True
         self.close_stdin()
-        self._ahead.clear()
-        self._run.close()
+        self._run.disown()
+
+    def _add(self, data: bytes) -> None:
+        if data:
+            self._ahead.append(data)
 
     def _read(self, ready: Mapping[int, int]) -> None:
         for descriptor in ready:
-            data = self._run.read(descriptor)
+            stream = self._run.outputs[descriptor]
+            data = self._run.read(descriptor, self._format.block_bytes)
             if data:
-                self._ahead.append(data)
+                self._add(self._format.feed(stream, data))
 
 
 def stream(command: _Given, /, **values: object) -> Stream:
@@ -3799,10 +4242,10 @@ def stream(command: _Given, /, **values: object) -> Stream:
             raise Error(f"the command has no parameter {name!r}; known are: {', '.join(made.parameters)}")
     settings = Settings()
     if made.is_task:
-        return Stream(Task(made.call("stream", texts), settings, made.timeout, lambda: None), None)
+        return Stream(Task(made.call("stream", texts), settings, made.timeout, lambda: None), None, settings)
     launch = made.bind("stream", texts)._replace(has_input=True)
     run = Process(launch, settings, made.timeout, lambda: None)
-    return Stream(run, run.take_input())
+    return Stream(run, run.take_input(), settings)
 
 
 def start(commands: Mapping[str, _Given], **settings: Unpack[_SettingsGiven]) -> Server:
@@ -3818,6 +4261,142 @@ def serve(commands: Mapping[str, _Given], **settings: Unpack[_SettingsGiven]) ->
     """Serve commands, as `start` does, until KeyboardInterrupt or the like, and close."""
     with Server(_make_commands(commands), Settings(**settings)) as server:
         server.serve_forever()
+
+
+# ---------------------------------------------------------------------------------------------
+# WSGI: the site in another's server
+
+_ELSEWHERE = frozenset({
+    *("bind", "port", "tls_cert", "tls_key", "no_auth", "stall_seconds"),
+    *("head_seconds", "idle_seconds", "refusal_seconds", "keepalive_seconds"),
+})  # fmt: skip
+
+
+def _read_environ(environ: Mapping[str, Any]) -> Request:
+    """The request that a WSGI server has read (PEP 3333): text is bytes, as Latin-1. Raises Error."""
+    headers = {key[5:].replace("_", "-").lower(): value for key, value in environ.items() if key.startswith("HTTP_")}
+    for key in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+        if environ.get(key):
+            headers[key.replace("_", "-").lower()] = environ[key]
+    if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "0")):
+        raise Error("Content-Length must be a number")
+    path = urllib.parse.quote(environ.get("PATH_INFO") or "/", encoding="latin-1")
+    _, path, _ = _parse_target(environ["REQUEST_METHOD"], path)
+    host = headers.get("host", "")
+    if not _AUTHORITY.fullmatch(host):
+        raise Error("the request needs one Host header that names a host")
+    prefix = urllib.parse.quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
+    query, scheme = environ.get("QUERY_STRING", ""), environ["wsgi.url_scheme"]
+    return Request(environ["REQUEST_METHOD"], path, query, host, headers, scheme=scheme, prefix=prefix)
+
+
+def _read_input(environ: Mapping[str, Any], request: Request, limit: int) -> bytes:
+    """The request's body. Raises Error if it is longer than the limit, or not as long as it says."""
+    size = limit + 1 if request.is_chunked and environ.get("wsgi.input_terminated") else request.body_bytes
+    if request.body_bytes > limit:
+        raise Error(f"the body may have {limit} bytes at most", 413)
+    body = bytes(environ["wsgi.input"].read(size))
+    if len(body) > limit:
+        raise Error(f"the body may have {limit} bytes at most", 413)
+    if len(body) < request.body_bytes:
+        raise Error("the body is shorter than it says")
+    return body
+
+
+class _Body(Stream):
+    """The output of a run as the body of an answer. That it was cut is told by raising, so that its server ends the
+    connection without the final chunk."""
+
+    _closed_reason = _CLIENT_GONE
+
+    def __init__(self, site: Site, settings: Settings, reply: Reply) -> None:
+        assert reply.run
+        super().__init__(reply.run, None, settings, reply.format)
+        self._site = site
+        self._name = reply.name
+        self._sent_bytes = 0
+        self._is_recorded = False
+        self._ahead.appendleft(b"")  # at which most servers send the head
+
+    def __next__(self) -> bytes:
+        try:
+            piece = super().__next__()
+        except StopIteration:
+            if self._run.reason:
+                raise ConnectionAbortedError(f"{self._name} was stopped: {self._run.reason}") from None
+            raise
+        self._sent_bytes += len(piece)
+        return piece
+
+    def close(self) -> None:
+        super().close()
+        if not self._is_recorded:
+            self._is_recorded = True
+            self._site.record(self._name, self._run.outcome, self._sent_bytes)
+
+
+class _Application:
+    """A site as a WSGI application (PEP 3333). Made by `wsgi`."""
+
+    def __init__(self, commands: Mapping[str, Command], settings: Settings) -> None:
+        # Where its server listens is not to be seen here. Who has the token may come from anywhere.
+        self._site = Site(commands, settings, Reach.NETWORK if settings.token else Reach.LOOPBACK)
+        self._settings = settings
+        self._bodies: weakref.WeakSet[_Body] = weakref.WeakSet()
+        self._site.count_clients = self._bodies.__len__
+        _watch_program()
+        _open.add(self)
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        request = None
+        try:
+            request = read = _read_environ(environ)
+            if request.prefix and not environ.get("PATH_INFO"):  # the index page's links are relative
+                reply = Reply(308, {"Location": f"{request.prefix}/"})
+            else:
+                reply = self._site.answer(request, lambda limit: _read_input(environ, read, limit))
+        except Error as error:
+            reply = _text_reply(f"{error}\n", error.status, error.headers)
+        headers = {**_join_headers(reply.headers, self._site.access.headers(request)), **dict(_COMMON_HEADERS)}
+        del headers["Server"]
+        is_head = environ["REQUEST_METHOD"] == "HEAD"
+        if reply.run:
+            headers["X-Accel-Buffering"] = "no"
+        elif reply.status != 204 and not (is_head and reply.status == 200):
+            headers["Content-Length"] = str(len(reply.body))
+        body = _Body(self._site, self._settings, reply) if reply.run else None
+        try:
+            start_response(f"{reply.status} {http.HTTPStatus(reply.status).phrase}", list(headers.items()))
+        except BaseException:
+            if body:
+                body.close()
+            raise
+        if body:
+            self._bodies.add(body)
+            return body
+        return [b"" if is_head else reply.body]
+
+    def shutdown(self) -> None:
+        """Keep no more of the program's log."""
+        self._site.log.end()
+
+    close = shutdown
+
+    def disown(self) -> None:
+        """Let go of what is the parent's, in a process that was forked off, and serve there."""
+        self._site.log.disown()
+        self._site.forget_runs()
+
+
+def wsgi(commands: Mapping[str, _Given], **settings: Unpack[_SettingsGiven]) -> _Application:
+    """The site as a WSGI application, for a server such as gunicorn, or under a prefix of another application.
+
+    commands and settings: as for `start`, but for those of a socket. Without a `token` or `allow_hosts` it is answered
+    to a Host of this machine's own only. Raises ConfigError.
+    """
+    for name in _ELSEWHERE & settings.keys():
+        raise ConfigError(f"the setting {name!r} is that of the server which runs the application: leave it to that")
+    return _Application(_make_commands(commands), Settings(**settings))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3987,6 +4566,7 @@ def _make_settings(options: argparse.Namespace) -> Settings:
         allow_hosts=options.allow_host,
         allow_origins=options.allow_origin,
         child_nofile=_raise_descriptor_limit(),
+        insight=False,
     )
 
 
@@ -4092,7 +4672,7 @@ def _announce(server: Server, commands: Mapping[str, Command], is_quiet: bool) -
         _print(server.url)
         return
     authority = "localhost" if server.socket_path else server.url.partition("//")[2]
-    target = _target(server.settings, authority, server.socket_path)
+    target = _target(f"{server.settings.scheme}://{authority}", server.settings.token, server.socket_path)
     lines = [_curl_line(target, name, command) for name, command in commands.items()]
     _print(f"streamlog: listening on {server.url}", *lines)
 

@@ -225,7 +225,9 @@ class ServerCase(unittest.TestCase):
 
     def serve(self, commands: Commands, **settings: Any) -> streamlog.Server:
         made = {name: streamlog.Command(given) if isinstance(given, str) else given for name, given in commands.items()}
-        server = streamlog.Server(made, streamlog.Settings(**{"port": 0, "grace_seconds": 2.0, **settings}))
+        server = streamlog.Server(
+            made, streamlog.Settings(**{"port": 0, "grace_seconds": 2.0, "insight": False, **settings})
+        )
         self.addCleanup(server.close)
         return server.start()
 
