@@ -2026,6 +2026,7 @@ class Run:
     def disown(self) -> None:
         """Close its descriptors, in a process that was forked off: what runs, and its slot, are the parent's."""
         self.reason, self._release = self.reason or _FORKED, None
+        self._lock = threading.RLock()  # some other thread of the parent may have it
         self._drop_outputs()
         if self._exit_watch is not None:
             os.close(self._exit_watch)
@@ -2370,6 +2371,11 @@ class _Entry(NamedTuple):
         said = f"{_timestamp(self.moment)} {self.level_name} {self.logger}: {self.text}\n"
         return said.encode(errors="backslashreplace")
 
+    @property
+    def size(self) -> int:
+        """Bytes of memory, roughly: of the text, and of the rest."""
+        return sys.getsizeof(self.text) + 200
+
 
 class _Wanted(NamedTuple):
     """Which records somebody wants: of a logger and those below it, from a level up; and how many of the newest."""
@@ -2592,9 +2598,9 @@ class _ProgramLog(_Guest):
     def _keep(self, entries: Sequence[_Entry]) -> None:
         for entry in entries:
             self._kept.append(entry)
-            self._kept_bytes += sys.getsizeof(entry.text)
+            self._kept_bytes += entry.size
         while self._kept_bytes > self._keep_bytes:
-            self._kept_bytes -= sys.getsizeof(self._kept.popleft().text)
+            self._kept_bytes -= self._kept.popleft().size
 
     def end(self) -> None:
         """Keep no more records. May be called twice. (Not `close`: logging calls that, when it is configured anew.)"""
@@ -4374,7 +4380,7 @@ class _Application:
         if body:
             self._bodies.add(body)
             return body
-        return [b"" if is_head else reply.body]
+        return [] if is_head else [reply.body]
 
     def shutdown(self) -> None:
         """Keep no more of the program's log."""

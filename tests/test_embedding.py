@@ -6,9 +6,11 @@ import contextvars
 import dataclasses
 import enum
 import functools
+import inspect
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -423,3 +425,47 @@ class Streams(EmbeddingCase):
     def test_a_task_can_be_streamed_too(self) -> None:
         with streamlog.stream(paint, name="x", times=2, colour="GREEN") as run:
             self.assertEqual((b"".join(run), run.exit_code), (b"x Colour.GREEN dry\n" * 2, 0))
+
+
+class PublicSurface(EmbeddingCase):
+    def test_the_public_names_are_few_and_each_is_typed_and_documented(self) -> None:
+        self.assertLessEqual(len(streamlog.__all__), 12)
+        self.assertEqual(sorted(streamlog.__all__), streamlog.__all__)
+        for name in streamlog.__all__:
+            public = getattr(streamlog, name)
+            self.assertTrue(inspect.getdoc(public), name)
+            members = [public]
+            if isinstance(public, type):
+                members = [
+                    member.fget if isinstance(member, property) else member
+                    for key, member in vars(public).items()
+                    if not key.startswith("_") and (callable(member) or isinstance(member, property))
+                ]
+            for member in members:
+                with self.subTest(name=name, member=member):
+                    self.assertTrue(inspect.getdoc(member))
+                    signature = inspect.signature(member)
+                    self.assertIsNot(signature.return_annotation, signature.empty)
+                    for parameter in list(signature.parameters.values()):
+                        if parameter.name != "self":
+                            self.assertIsNot(parameter.annotation, parameter.empty, parameter.name)
+
+    def test_a_program_that_uses_all_of_it_runs(self) -> None:
+        source = (ROOT / "tests" / "program.py").read_text()
+        for name in streamlog.__all__:
+            self.assertRegex(source, rf"import [^\n]*\b{name}\b")
+            self.assertGreater(len(re.findall(rf"\b{name}\b", source)), 1, name)
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, ROOT / "tests" / "program.py"], env=env, stdout=-1, stderr=-2, text=True, timeout=30
+        )
+        for said in (
+            "True 1\n2\n3\n",
+            "WARNING index: part 1, full, dry\n2 of 2 done\n",
+            "from Server\n",
+            "to cat\n 0\n",
+            "[] 143\n",
+            "400 parameter 'x' of 'stream' must be int: 'nonsense'\n",
+            "a command's name is letters",
+        ):
+            self.assertIn(said, done.stdout)

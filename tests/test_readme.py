@@ -60,7 +60,7 @@ class Readme(unittest.TestCase):
         return found[1] if found else ""
 
     def test_the_examples_for_programs_do_what_is_said_of_them(self) -> None:
-        inside, streaming = blocks("python")
+        inside, streaming, *_ = blocks("python")
         fetch = "import urllib.request as u; print(u.urlopen(server.url + '/reindex?parts=1').read().decode())"
         done = subprocess.run(
             [sys.executable, "-c", inside.replace("...  # the program goes on", fetch)],

@@ -1,0 +1,423 @@
+"""What a program that has streamlog inside tells of itself: its log, its threads' stacks, its loggers' levels."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.config
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+from unittest import mock
+
+import streamlog
+from streamlog import Command
+
+from .support import ROOT, SOAK, Raw, wait_until
+from .test_embedding import EmbeddingCase
+
+
+class InsightCase(EmbeddingCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.logger = self.make_logger("of.program")
+
+    def make_logger(self, name: str, propagate: bool = True) -> logging.Logger:
+        """A logger that is gone, as far as logging knows, when the test is over."""
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = propagate
+        self.addCleanup(logging.Logger.manager.loggerDict.pop, name)
+        return logger
+
+    def watch(self, server: streamlog.Server, query: str = "") -> Raw:
+        """A client that follows the log, once it does."""
+        before = set(server.site.log._views)
+        client = self.connect(server)
+        client.get(f"/log?{query}")
+        client.read_head()
+        wait_until(lambda: set(server.site.log._views) - before, "it is attached")
+        return client
+
+    def said(self, client: Raw) -> str:
+        """The next chunk, without the times."""
+        chunk = client.read_chunk() or b""
+        return re.sub(r"(?m)^\d{4}-\S+ ", "", chunk.decode())
+
+
+class Log(InsightCase):
+    def test_records_are_followed_as_they_come(self) -> None:
+        server = self.start({})
+        client = self.watch(server)
+        for number in range(3):
+            self.logger.info("record %d", number)
+            self.assertEqual(self.said(client), f"INFO of.program: record {number}\n")
+
+    def test_a_record_has_its_time_and_its_traceback(self) -> None:
+        client = self.watch(self.start({}))
+        try:
+            raise ValueError("broken")
+        except ValueError:
+            self.logger.exception("it is", stack_info=True)
+        chunk = client.read_chunk() or b""
+        self.assertRegex(
+            chunk, rb"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d ERROR of\.program: it is\nTraceback "
+        )
+        self.assertIn(b"\nValueError: broken\nStack (most recent call last):\n", chunk)
+
+    def test_the_handler_is_there_while_somebody_looks(self) -> None:
+        server = self.start({})
+        before = list(logging.root.handlers)
+        threads = threading.active_count()
+        with self.watch(server):
+            self.assertEqual(logging.root.handlers, [*before, server.site.log])
+        wait_until(lambda: logging.root.handlers == before, "it is gone")
+        wait_until(lambda: threading.active_count() <= threads, "and so is its thread")
+
+    def test_the_newest_records_come_first_where_they_are_kept(self) -> None:
+        server = self.start({}, log=10_000)
+        for number in range(100):
+            self.logger.info("record %d", number)
+        self.assertEqual(self.fetch(server, "/log?tail=2&follow=0").body.count(b"\n"), 2)
+        client = self.watch(server, "tail=2")
+        self.assertEqual(self.said(client), "INFO of.program: record 98\nINFO of.program: record 99\n")
+        self.logger.info("record 100")
+        self.assertEqual(self.said(client), "INFO of.program: record 100\n")
+
+    def test_what_is_kept_is_bounded_by_bytes(self) -> None:
+        server = self.start({}, log=10_000)
+        for number in range(1000):
+            self.logger.info("%s %d", "x" * 100, number)
+        self.logger.info("y" * 1_000_000)
+        body = self.fetch(server, "/log?tail=1000&follow=0").body
+        self.assertEqual(body, b"")  # the last alone is more than that
+        for number in range(1000):
+            self.logger.info("%s %d", "x" * 100, number)
+        body = self.fetch(server, "/log?tail=1000&follow=0").body
+        self.assertIn(b" 999\n", body)
+        self.assertTrue(3000 < len(body) < 10_000, len(body))
+
+    def test_level_and_logger_choose_and_change_nothing(self) -> None:
+        other = self.make_logger("other")
+        below = self.make_logger("of.program.part")
+        self.make_logger("of.programming").propagate = True
+        server = self.start({})
+        self.logger.setLevel(logging.INFO)
+        by_level = self.watch(server, "level=warning")
+        by_number = self.watch(server, "level=30")
+        by_logger = self.watch(server, "logger=of.program&level=DEBUG")
+        for logger in (self.logger, other, below, logging.getLogger("of.programming")):
+            logger.debug("d")
+            logger.warning("w")
+        said = {"of.program": "", "other": "", "level": "", "number": ""}
+        while "programming: w\n" not in said["level"]:
+            said["level"] += self.said(by_level)
+        while "programming: w\n" not in said["number"]:
+            said["number"] += self.said(by_number)
+        while "part: w\n" not in said["of.program"]:
+            said["of.program"] += self.said(by_logger)
+        names = ("of.program", "other", "of.program.part", "of.programming")
+        self.assertEqual(said["level"], "".join(f"WARNING {name}: w\n" for name in names))
+        self.assertEqual(said["number"], said["level"])
+        wanted = "WARNING of.program: w\nDEBUG of.program.part: d\nWARNING of.program.part: w\n"
+        self.assertEqual(said["of.program"], wanted)
+        self.assertEqual(self.logger.level, logging.INFO)
+
+    def test_a_logger_that_passes_nothing_on_is_followed_where_it_is_named(self) -> None:
+        closed = self.make_logger("closed", propagate=False)
+        server = self.start({})
+        with self.watch(server, "logger=closed.below") as client:
+            below = self.make_logger("closed.below")
+            below.info("seen")
+            self.assertEqual(self.said(client), "INFO closed.below: seen\n")
+        wait_until(lambda: not closed.handlers, "the handler is gone")
+
+    def test_mistakes_are_told(self) -> None:
+        server = self.start({})
+        for query, told in (
+            ("level=loud", b"a level is DEBUG, INFO"),
+            ("tail=x", b"must be int"),
+            ("follow=2", b"must be 1|0"),
+            ("lines=1", b"no parameter 'lines'"),
+        ):
+            with self.subTest(query=query):
+                answer = self.fetch(server, f"/log?{query}")
+                self.assertEqual(answer.status, 400)
+                self.assertIn(told, answer.body)
+
+    def test_all_formats_hold_for_the_log(self) -> None:
+        server = self.start({}, log=1000)
+        self.logger.error("<told>")
+        query = "/log?follow=0&format="
+        self.assertIn(b"ERROR of.program: &lt;told&gt;\n</samp>", self.fetch(server, f"{query}html").body)
+        self.assertIn(b"ERROR of.program: <told>\n\n", self.fetch(server, f"{query}sse").body)
+        answer = self.fetch(server, f"{query}ndjson")
+        lines = [json.loads(line) for line in answer.body.splitlines()]
+        self.assertTrue(lines[0]["line"].endswith("ERROR of.program: <told>"))
+        self.assertEqual((lines[1]["exit_code"], answer.trailers), (0, {"Exit-Code": "0"}))
+
+    def test_its_own_access_log_is_seen_only_where_it_is_asked_for(self) -> None:
+        own = logging.getLogger("streamlog")
+        self.addCleanup(own.setLevel, own.level)
+        own.setLevel(logging.DEBUG)
+        server = self.start({"x": "true"}, log=10_000)
+        everything, asked = self.watch(server), self.watch(server, "logger=streamlog")
+        for _ in range(3):
+            self.fetch(server, "/x")
+        self.logger.info("afterwards")
+        self.assertEqual(self.said(everything), "INFO of.program: afterwards\n")
+        said = ""
+        while said.count('request="GET /x HTTP/1.1"') < 3:
+            said += self.said(asked)
+        time.sleep(0.2)  # whatever would come of that is there by then
+        self.logger.info("the end")
+        self.assertEqual(self.said(everything), "INFO of.program: the end\n")
+        self.assertNotIn("GET /log", said)
+
+    def test_a_slow_viewer_is_told_how_many_records_it_lost_and_nobody_waits(self) -> None:
+        server = self.start({})
+        client = self.connect(server, receive_buffer=4096)
+        client.get("/log")
+        client.read_head()
+        wait_until(lambda: server.site.log._views, "it is attached")
+        count = 60_000
+        slowest = 0.0
+        for number in range(count):
+            started = time.perf_counter()
+            self.logger.info("%06d %s", number, "x" * 100)
+            slowest = max(slowest, time.perf_counter() - started)
+            if number % 1000 == 0:
+                time.sleep(0.005)
+        self.logger.info("the end")
+        self.assertLess(slowest, 0.5)
+        got = bytearray()
+        found = lost = 0
+        while found + lost < count:
+            got += client.read_chunk() or b""
+            lines = got.split(b"\n")
+            got = bytearray(lines.pop())
+            for line in lines:
+                if line.endswith(b" records lost]"):
+                    lost += int(line[1:].split()[0])
+                elif b"the end" not in line:
+                    found += 1
+        self.assertGreater(lost, 0)
+        self.logger.info("again")
+        wait_until(lambda: b"again" in (client.read_chunk() or b""), "it goes on")
+
+    def test_records_beyond_the_queue_are_counted_too(self) -> None:
+        server = self.start({})
+        client = self.watch(server)
+        log = server.site.log
+        with mock.patch.object(streamlog, "_QUEUE_RECORDS", 5):
+            with log._guard:  # nothing is handed out
+                for number in range(20):
+                    self.logger.info("record %d", number)
+            said = ""
+            while not re.search(r"\[(\d+) records lost\]\n", said) or said.count("record ") < 5:
+                said += self.said(client)
+            found = re.search(r"(\d+) records", said)
+            lost = int(found[1]) if found else 0
+            while said.count("record ") + lost < 20:
+                said += self.said(client)
+        self.assertIn(lost, (13, 14, 15))
+
+    def test_a_hundred_viewers_see_every_record_once_and_in_order(self) -> None:
+        server = self.start({}, max_runs=200)
+        clients = [self.watch(server) for _ in range(100 if SOAK >= 1000 else 20)]
+
+        def log(name: str) -> None:
+            for number in range(50):
+                self.logger.info("%s %d", name, number)
+                time.sleep(0.001)
+
+        threads = [threading.Thread(target=log, args=(name,)) for name in "abc"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for client in clients:
+            lines: list[str] = []
+            while len(lines) < 150:
+                lines += self.said(client).splitlines()
+            for name in "abc":
+                mine = [line for line in lines if line.split()[2] == name]
+                self.assertEqual(mine, [f"INFO of.program: {name} {number}" for number in range(50)])
+
+    def test_logging_goes_on_as_it_was(self) -> None:
+        script = (
+            "import logging, streamlog, socket, sys\n"
+            "def look(server):\n"
+            "    client = socket.create_connection(('127.0.0.1', server.port))\n"
+            "    client.sendall(b'GET /log?level=ERROR HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n')\n"
+            "    while not server.site.log._views: pass\n"
+            "    return client\n"
+            "with streamlog.start({}, port=0) as one, streamlog.start({}, port=0, log=1000) as two:\n"
+            "    clients = [look(one), look(two)]\n"
+            "    logging.getLogger('x').warning('once')\n"
+            "    logging.getLogger('x').info('never')\n"
+            "    class Plain(logging.Formatter):\n"
+            "        def formatException(self, info): return 'mine'\n"
+            "    handler = logging.StreamHandler(); handler.setFormatter(Plain())\n"
+            "    logging.root.addHandler(handler)\n"
+            "    try: 1 / 0\n"
+            "    except ZeroDivisionError: logging.exception('told')\n"
+            "    logging.root.removeHandler(handler)\n"
+            "    logging.warning('%d', 'x')\n"
+            "print(logging.root.handlers, logging.root.level)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-1, text=True, timeout=20)
+        self.assertTrue(done.stderr.startswith("once\ntold\nmine\n--- Logging error ---\n"), done.stderr)
+        self.assertEqual(done.stderr.count("Logging error"), 1)
+        self.assertEqual(done.stdout, "[] 30\n")
+
+    def test_logging_that_is_configured_anew_is_followed_all_the_same(self) -> None:
+        before = list(logging.root.handlers)
+        self.addCleanup(setattr, logging.root, "handlers", before)
+        server = self.start({}, log=10_000)
+        with self.watch(server):
+            logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, "root": {"handlers": []}})
+        client = self.watch(server)
+        self.logger.info("seen")
+        self.assertEqual(self.said(client), "INFO of.program: seen\n")
+
+    def test_a_forked_worker_keeps_a_log_of_its_own_only_in_an_application(self) -> None:
+        script = (
+            "import logging, os, streamlog\n"
+            "server = streamlog.start({}, port=0, log=1000)\n"
+            "app = streamlog.wsgi({}, log=1000)\n"
+            "def ask():\n"
+            "    environ = {'REQUEST_METHOD': 'GET', 'PATH_INFO': '/log', 'QUERY_STRING': 'follow=0',\n"
+            "               'HTTP_HOST': 'localhost', 'wsgi.url_scheme': 'http'}\n"
+            "    return b''.join(app(environ, lambda *_: None)).count(b'told')\n"
+            "logging.warning('told')\n"
+            "if not os.fork():\n"
+            "    logging.warning('told')\n"
+            "    print('child', len(logging.root.handlers), ask(), flush=True); os._exit(0)\n"
+            "os.wait(); print('parent', len(logging.root.handlers), ask())\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-3, text=True, timeout=20)
+        told = [line for line in done.stdout.splitlines() if line != "told"]
+        self.assertEqual(told, ["child 1 2", "parent 2 1"])
+
+
+class Stacks(InsightCase):
+    def test_every_thread_is_shown_with_its_name_and_where_it_is(self) -> None:
+        gate = threading.Event()
+
+        def hang_here() -> None:
+            gate.wait(10)
+
+        thread = threading.Thread(target=hang_here, name="the one that hangs", daemon=True)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(gate.set)
+        body = self.fetch(self.start({}), "/stacks").body.decode()
+        self.assertTrue(body.startswith("MainThread, thread "), body[:100])
+        self.assertRegex(
+            body, r"\nthe one that hangs \(daemon\), thread \d+\n(?s:.*)in hang_here\n    gate\.wait\(10\)\n"
+        )
+
+    def test_it_answers_while_locks_of_logging_are_held_and_all_slots_are_taken(self) -> None:
+        server = self.start({"x": Command("sleep 60")}, max_runs=1)
+        client = self.connect(server)
+        client.get("/x")
+        client.read_head()
+        handler = logging.FileHandler(os.devnull)
+        self.addCleanup(handler.close)
+        logging.root.addHandler(handler)
+        self.addCleanup(logging.root.removeHandler, handler)
+        lock: Any = logging._lock  # type: ignore[attr-defined]
+        handler.acquire()
+        lock.acquire()
+        try:
+            self.assertIn(b"MainThread", self.fetch(server, "/stacks").body)
+        finally:
+            lock.release()
+            handler.release()
+
+    def test_it_shows_a_program_that_hangs_in_c(self) -> None:
+        script = (
+            "import streamlog, time\n"
+            "server = streamlog.start({}, port=0); print(server.port, flush=True)\n"
+            "def stuck(): time.sleep(60)\n"
+            "stuck()\n"
+        )
+        process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=-1, text=True)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        assert process.stdout
+        with Raw(("127.0.0.1", int(process.stdout.readline()))) as client:
+            client.get("/stacks")
+            self.assertIn(b"in stuck\n", client.read_answer().body)
+
+
+class Levels(InsightCase):
+    def test_a_level_is_shown_and_set(self) -> None:
+        server = self.start({})
+        self.make_logger("of.program.part").setLevel(logging.NOTSET)
+        self.assertEqual(self.fetch(server, "/level?logger=of.program.part").body, b"of.program.part DEBUG\n")
+        for method, path, body, told in (
+            ("PUT", "/level?logger=of.program&level=error", b"", b"of.program ERROR\n"),
+            ("POST", "/level", b"logger=of.program&level=15", b"of.program Level 15\n"),
+            ("PUT", "/level?logger=of.program", b"level=INFO", b"of.program INFO\n"),
+        ):
+            headers = ["Content-Type: application/x-www-form-urlencoded"] if body else []
+            answer = self.fetch(server, path, method, headers, body)
+            self.assertEqual(answer.status, 200)
+            shown = self.fetch(server, "/level").body
+            self.assertIn(told, shown)
+            self.assertTrue(shown.startswith(b"root "))
+        self.assertEqual(self.logger.level, logging.INFO)
+        self.assertEqual(self.fetch(server, "/level?logger=of.program.part").body, b"of.program.part INFO\n")
+
+    def test_what_is_wrong_sets_nothing(self) -> None:
+        server = self.start({})
+        for method, query, status, told in (
+            ("PUT", "logger=of.program&level=loud", 400, b"a level is DEBUG"),
+            ("PUT", "logger=of.program", 400, b"parameter 'level' of 'level' is required"),
+            ("PUT", "logger=of.nobody&level=INFO", 404, b"there is no logger 'of.nobody' (yet)"),
+            ("GET", "logger=of.nobody", 404, b"there is no logger"),
+            ("GET", "logger=of.program&level=INFO", 400, b"no parameter 'level'"),
+            ("DELETE", "", 405, b"takes GET, HEAD, OPTIONS, POST, PUT, not DELETE"),
+        ):
+            with self.subTest(method=method, query=query):
+                answer = self.fetch(server, f"/level?{query}", method)
+                self.assertEqual(answer.status, status)
+                self.assertIn(told, answer.body)
+        self.assertEqual(self.logger.level, logging.DEBUG)
+        self.assertNotIn("of.nobody", logging.Logger.manager.loggerDict)
+
+    def test_another_site_s_page_and_one_without_the_token_set_nothing(self) -> None:
+        server = self.start({}, token="secret")
+        path = "/level?logger=of.program&level=ERROR"
+        self.assertEqual(self.fetch(server, path, "PUT").status, 401)
+        headers = ["Authorization: Bearer secret", "Origin: http://evil.example"]
+        self.assertEqual(self.fetch(server, path, "PUT", headers).status, 403)
+        self.assertEqual(self.logger.level, logging.DEBUG)
+
+
+class Names(InsightCase):
+    def test_a_command_of_that_name_wins(self) -> None:
+        server = self.start({"log": "echo mine", "level": "echo level"})
+        self.assertEqual(self.fetch(server, "/log").body, b"mine\n")
+        self.assertEqual(self.fetch(server, "/level", "PUT").status, 405)
+        self.assertIn(b"MainThread", self.fetch(server, "/stacks").body)
+        listed = json.loads(self.fetch(server, "/", headers=["Accept: application/json"]).body)["commands"]
+        self.assertEqual([command["name"] for command in listed], ["log", "level", "stacks"])
+
+    def test_they_can_be_left_out(self) -> None:
+        server = self.start({"x": "true"}, insight=False)
+        self.assertEqual(self.fetch(server, "/stacks").status, 404)
+
+    def test_they_are_on_the_index_page_and_head_runs_nothing(self) -> None:
+        server = self.start({})
+        page = self.fetch(server, "/", headers=["Accept: text/html"]).body
+        for name in (b"log", b"stacks", b"level"):
+            self.assertIn(b'<form action="%b"' % name, page)
+            answer = self.fetch(server, f"/{name.decode()}", "HEAD")
+            self.assertEqual((answer.status, answer.body), (200, b""))
