@@ -84,7 +84,6 @@ import hashlib
 import hmac
 import html
 import http
-import http.server
 import inspect
 import io
 import ipaddress
@@ -664,7 +663,7 @@ class Command:
     def line(self) -> str:
         """The command, as a line to be read."""
         if callable(self.command):
-            return f"{getattr(self.command, '__qualname__', self.command)}({', '.join(self.parameters)})"
+            return f"{str(getattr(self.command, '__name__', self.command)).lstrip('_')}({', '.join(self.parameters)})"
         return self.command if isinstance(self.command, str) else shlex.join(self.command)
 
     @property
@@ -3520,7 +3519,7 @@ def _head_bytes(status: int, headers: Mapping[str, str], is_reusable: bool) -> b
     return "\r\n".join([f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *lines, "\r\n"]).encode("latin-1")
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(socketserver.BaseRequestHandler):
     """One connection: request after request, in a thread of its own. Its `request` is a _Client."""
 
     server: Server
@@ -3828,7 +3827,7 @@ def _watch_program() -> None:
     os.register_at_fork(after_in_child=disown)
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """The commands, behind a listening socket. Binds at once: OSError or ConfigError where it may not.
 
     commands: by name. settings: see Settings. listener: a socket that listens already, in place of one at
@@ -3836,6 +3835,9 @@ class Server(http.server.ThreadingHTTPServer):
     `shutdown`; `start` does so in a thread. Close it with `close`, or use it as a context manager.
     """
 
+    # What http.server's ThreadingHTTPServer is; that would load http.client, and so ssl, where nobody speaks TLS.
+    daemon_threads = True
+    allow_reuse_address = True
     request_queue_size = 1024
     allow_reuse_port = False  # a second server at the same address is a mistake
 
@@ -3891,7 +3893,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.site.max_runs = run_max
 
     def server_bind(self) -> None:
-        """Bind, without the look-up of our own name that HTTPServer does: it can take half a minute."""
+        """Bind to the address, or make the file of a unix socket."""
         if not self.socket_path:
             socketserver.TCPServer.server_bind(self)
             return

@@ -83,6 +83,15 @@ class Starting(EmbeddingCase):
         there = [f"{field.name}: {field.type}" for field in dataclasses.fields(Settings)]
         self.assertEqual([line.strip() for line in told[: len(there)]], there)
 
+    def test_what_is_heavy_is_imported_only_where_it_is_used(self) -> None:
+        heavy = ["ssl", "configparser", "argparse", "sqlite3", "http.client", "asyncio", "multiprocessing"]
+        script = (
+            f"import sys, streamlog\nheavy = {heavy}\n"
+            "with streamlog.start({'x': 'true'}, port=0): print([name for name in heavy if name in sys.modules])\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, text=True, timeout=20)
+        self.assertEqual(done.stdout, "[]\n")
+
     def test_several_servers_live_side_by_side(self) -> None:
         servers = [self.start({"x": f"echo {number}"}) for number in range(5)]
         self.assertEqual([self.fetch(server, "/x").body for server in servers], [b"%d\n" % n for n in range(5)])
