@@ -25,6 +25,8 @@ options:
                        take this host name for the server's own; may be given again
       --allow-origin ORIGIN
                        let pages of this origin use the server; may be given again
+      --terminal COLUMNSxLINES
+                       the size of the terminal of a command that has one (80x24)
       --check          print the commands as they were understood, and exit
   -v, --verbose        also log each start of a command
   -q, --quiet          print the address alone at start, and log warnings only
@@ -41,14 +43,18 @@ commands:
 commands file:
   A section for each command, [NAME], with the options command = COMMAND LINE, about (a
   description), method (GET or POST), timeout (seconds; 0 for no limit), max (runs of it at a
-  time), stderr (merge, separate or discard), cwd (directory), env (NAME=value, one a line) and
-  type (Content-Type of output that is not plain text). [DEFAULT] holds options for all.
-  SIGHUP reads it again, and the certificate; at a terminal it ends the server, as TERM does.
+  time), stderr (merge, separate or discard), stdin (yes: the body of a POST or PUT is its
+  input), pty (yes: it runs on a terminal; echo: on one that echoes its input), cwd (directory),
+  env (NAME=value, one a line) and type (Content-Type of output that is not plain text).
+  [DEFAULT] holds options for all. SIGHUP reads it again, and the certificate; at a terminal it
+  ends the server, as TERM does.
 
 what a client sees:
   The output is the body, byte for byte, as it comes; the trailer Exit-Code ends a run that
   ended by itself. A run that the server ended is cut without the final chunk (curl exits 18).
   When the client leaves, the command's process group gets SIGTERM, then SIGKILL.
+  To a command that takes input, curl -T FILE URL or --data-binary @FILE sends it, and
+  curl -sN -T . URL is a live session: what you type is its input, what it says comes back.
   ?format=html is a page, sse are events, ndjson is an object a line (or by Accept). In text and
   html ?timestamps=1 puts the time before each line, ?hostname=1 this machine's name (in ndjson
   too), and ?heartbeat=SEC says after so long a silence that the run goes on. ?footer=1 adds a
@@ -142,6 +148,7 @@ if TYPE_CHECKING:
         refusal_seconds: float
         keepalive_seconds: int
         child_nofile: Optional[tuple[int, int]]
+        terminal_size: tuple[int, int]
         insight: bool
         log: int
 
@@ -208,6 +215,7 @@ class Settings:
     refusal_seconds: float = 1.0  # until the answer to a wrong token
     keepalive_seconds: int = 15
     child_nofile: Optional[tuple[int, int]] = None  # (soft, hard) RLIMIT_NOFILE for commands; None: as ours
+    terminal_size: tuple[int, int] = (80, 24)  # columns and lines, of a command that has a terminal
     insight: bool = True  # serve /log, /stacks and /level of this program
     log: int = 0  # bytes of this program's newest records that are kept for /log; 0: none
 
@@ -485,6 +493,9 @@ def _check_program(arguments: Sequence[_Argument]) -> None:
                 )
 
 
+_Pty = Union[bool, Literal["echo"]]
+
+
 class Launch(NamedTuple):
     """One execution of a program to be started: what subprocess needs to know."""
 
@@ -492,7 +503,8 @@ class Launch(NamedTuple):
     env: Mapping[str, str]
     cwd: Optional[str]
     stderr: str
-    has_input: bool = False  # standard input is a pipe, and not empty
+    has_input: bool = False  # standard input is a pipe, or the terminal, and not empty
+    pty: _Pty = False
 
     def __str__(self) -> str:
         return shlex.join(self.argv)
@@ -566,18 +578,22 @@ class Command:
 
     command: a command line with placeholders, split by shlex and run without a shell, or `!` and a script
         for /bin/sh; a list of arguments, with placeholders in them; or a task: a callable, called in a thread
-        of its own with the values that its signature names. about: a description. method: GET or POST. timeout:
-        seconds, 0 for no limit, None for the server's. max: runs at a time, or None. stderr: merge, separate or
-        discard; None: merge in text, where order counts, and separate in the formats that tell it apart. cwd:
-        the directory to run in. env: variables to add. type: the Content-Type of the output.
+        of its own with the values that its signature names. about: a description. method: GET or POST; None: GET,
+        or for one that takes input POST. timeout: seconds, 0 for no limit, None for the server's. max: runs at a
+        time, or None. stderr: merge, separate or discard; None: merge in text, where order counts, and separate in
+        the formats that tell it apart. stdin: whether the body of a POST or PUT is its standard input. pty: whether
+        it runs on a terminal; "echo": on one that echoes its input, and turns the ends of lines into CRLF. cwd: the
+        directory to run in. env: variables to add. type: the Content-Type of the output.
     """
 
     command: Union[str, Sequence[str], Callable[..., object]]
     about: str = ""
-    method: str = "GET"
+    method: Optional[str] = None
     timeout: Optional[float] = None
     max: Optional[int] = None
     stderr: Optional[str] = None
+    stdin: bool = False
+    pty: _Pty = False
     cwd: Optional[str] = None
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     type: str = _PLAIN_TEXT
@@ -623,9 +639,13 @@ class Command:
         object.__setattr__(self, "_uses", uses)
 
     def _check_options(self) -> None:
-        for option, known in (("method", ("GET", "POST")), ("stderr", (None, "merge", "separate", "discard"))):
+        for option, known in (("method", (None, "GET", "POST")), ("stderr", (None, "merge", "separate", "discard"))):
             if getattr(self, option) not in known:
                 raise ConfigError(f"{option} must be {' or '.join(filter(None, known))}: {getattr(self, option)!r}")
+        if self.pty not in (False, True, "echo"):
+            raise ConfigError(f"pty must be yes, no or echo: {self.pty!r}")
+        if self.is_task and (self.stdin or self.pty):
+            raise ConfigError("a task has neither standard input nor a terminal")
         if self.timeout is not None and not 0 <= self.timeout < math.inf:
             raise ConfigError(f"timeout must be a number of seconds, or 0 for no limit: {self.timeout!r}")
         if self.max is not None and self.max < 1:
@@ -647,7 +667,9 @@ class Command:
     @property
     def methods(self) -> Sequence[str]:
         """The methods that it is run by."""
-        return (self.method,)
+        if not self.stdin:
+            return (self.method or "GET",)
+        return ("GET", "POST", "PUT") if self.method == "GET" else ("POST", "PUT")
 
     @property
     def is_shell(self) -> bool:
@@ -703,8 +725,11 @@ class Command:
             argv.append(text)
         variables = {f"arg_{key}": value for key, value in bound.items()} if self.is_shell else {}
         env = {key: value for key, value in os.environ.items() if not _HIDDEN_ENVIRONMENT.fullmatch(key)}
-        env.update({"PYTHONUNBUFFERED": "1", **self.env, **variables})
-        return Launch(argv, env, self.cwd, self.stderr or stderr)
+        # A prompt of Python's that draws itself anew with each key is of no use by curl.
+        terminal = {"TERM": "xterm-256color", "PYTHON_BASIC_REPL": "1"} if self.pty else {}
+        env.update({"PYTHONUNBUFFERED": "1", **terminal, **self.env, **variables})
+        where = self.stderr or ("merge" if self.pty else stderr)
+        return Launch(argv, env, self.cwd, where, pty=self.pty)
 
     @staticmethod
     def _check_ups(name: str, argument: _Argument, text: str) -> None:
@@ -739,6 +764,12 @@ def _parse_variable(line: str) -> tuple[str, str]:
     return name, value
 
 
+def _read_switch(text: str) -> bool:
+    if text.lower() not in ("yes", "no", "true", "false", "on", "off", "1", "0"):
+        raise ConfigError(f"a switch is yes or no: {text!r}")
+    return text.lower() in ("yes", "true", "on", "1")
+
+
 _OPTIONS: Mapping[str, Callable[[str], object]] = {
     "command": str,
     "about": str,
@@ -746,6 +777,8 @@ _OPTIONS: Mapping[str, Callable[[str], object]] = {
     "timeout": float,
     "max": int,
     "stderr": str,
+    "stdin": _read_switch,
+    "pty": lambda text: "echo" if text == "echo" else _read_switch(text),
     "cwd": str,
     "env": lambda text: dict(_parse_variable(line) for line in text.splitlines() if line.strip()),
     "type": str,
@@ -1716,7 +1749,59 @@ def _start_error(launch: Launch, error: Exception) -> Error:
     return Error(f"cannot start {launch.argv[0]!r}{where}: {why}", 500)
 
 
-def _spawn(launch: Launch) -> tuple[subprocess.Popen[bytes], dict[int, str]]:
+# A process that is to have a terminal must take it for its own (TIOCSCTTY, ioctl_tty(2)) when it leads its session and
+# is not the program yet. That is no work for a preexec_fn, which can hang where there are threads.
+_TAKE_TERMINAL = """
+import fcntl, os, signal, sys, termios
+status = int(sys.argv[1])
+os.set_inheritable(status, False)
+for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and that is inherited
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
+try:
+    fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    os.write(status, b"%d" % error.errno)
+    os._exit(127)
+"""
+_EXEC_SECONDS = 10.0
+
+
+def _open_terminal(size: tuple[int, int], has_echo: bool) -> tuple[int, int]:
+    """A new terminal (pty(7)): the descriptors of our end and of the command's."""
+    ours, theirs = os.openpty()
+    try:
+        columns, lines = size
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        if not has_echo:
+            modes = termios.tcgetattr(theirs)
+            modes[1] &= ~termios.OPOST  # of output: the ends of lines are left alone
+            modes[3] &= ~(termios.ECHO | termios.ECHONL)
+            termios.tcsetattr(theirs, termios.TCSANOW, modes)
+    except BaseException:
+        os.close(ours)
+        os.close(theirs)
+        raise
+    return ours, theirs
+
+
+def _start_on_terminal(launch: Launch, terminal: int, options: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    """Start a program whose session has a terminal. Raises OSError if it cannot be started."""
+    status, told = os.pipe()
+    with open(status, "rb", buffering=0) as reader:
+        with open(told, "wb", buffering=0):
+            argv = [sys.executable, "-I", "-S", "-c", _TAKE_TERMINAL, str(told), *launch.argv]
+            stdin = terminal if launch.has_input else subprocess.DEVNULL
+            process = subprocess.Popen(argv, stdin=stdin, pass_fds=[told], **options)
+        # What it inherits of that pipe is closed once it is the program.
+        said = reader.read(16) if _poll({status: select.POLLIN}, time.monotonic() + _EXEC_SECONDS) else b""
+    if said:
+        process.wait()
+        raise OSError(int(said), os.strerror(int(said)))
+    return process
+
+
+def _spawn(launch: Launch, terminal_size: tuple[int, int]) -> tuple[subprocess.Popen[bytes], dict[int, str]]:
     """Start a process in a session of its own; return it and the descriptors of its outputs, by stream.
 
     Raises Error: 500 if it cannot be started, 503 if it cannot be for now.
@@ -1725,19 +1810,25 @@ def _spawn(launch: Launch) -> tuple[subprocess.Popen[bytes], dict[int, str]]:
     writers: list[int] = []
     try:
         for stream in ("stdout", "stderr") if launch.stderr == "separate" else ("stdout",):
-            reader, writer = os.pipe()
+            is_terminal = launch.pty and stream == "stdout"
+            reader, writer = _open_terminal(terminal_size, launch.pty == "echo") if is_terminal else os.pipe()
             outputs[reader] = stream
             writers.append(writer)
             os.set_blocking(reader, False)
-        process = subprocess.Popen(
-            launch.argv,
-            stdin=subprocess.PIPE if launch.has_input else subprocess.DEVNULL,
-            stdout=writers[0],
-            stderr=subprocess.DEVNULL if launch.stderr == "discard" else writers[-1],
-            cwd=launch.cwd,
-            env=launch.env,
-            start_new_session=True,
-        )
+        options: dict[str, Any] = {
+            "stdout": writers[0],
+            "stderr": subprocess.DEVNULL if launch.stderr == "discard" else writers[-1],
+            "cwd": launch.cwd,
+            "env": launch.env,
+            "start_new_session": True,
+        }
+        if launch.pty:
+            columns, lines = map(str, terminal_size)
+            options["env"] = {**launch.env, "COLUMNS": columns, "LINES": lines}
+            process = _start_on_terminal(launch, writers[0], options)
+        else:
+            stdin = subprocess.PIPE if launch.has_input else subprocess.DEVNULL
+            process = subprocess.Popen(launch.argv, stdin=stdin, **options)
     except (OSError, ValueError) as error:
         for reader in outputs:
             os.close(reader)
@@ -1795,15 +1886,18 @@ def _count_bytes(descriptor: int, queue: int) -> int:
     return int(struct.unpack("i", fcntl.ioctl(descriptor, queue, b"\0" * 4))[0])
 
 
-def _living_group(pid: int) -> int:
-    """The group of a process; 0 if it has gone, or is a zombie without a thread that lives (proc_pid_stat(5))."""
+def _living_group(pid: int) -> tuple[int, int]:
+    """The group and session of a process; of one that has gone, or is a zombie without a thread that lives, (0, 0).
+
+    By proc_pid_stat(5).
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    state, group, threads = fields[0], int(fields[2]), int(fields[17])
-    return 0 if state in (b"Z", b"X") and threads <= 1 else group
+        return 0, 0
+    state, group, session, threads = fields[0], int(fields[2]), int(fields[3]), int(fields[17])
+    return (0, 0) if state in (b"Z", b"X") and threads <= 1 else (group, session)
 
 
 class _Processes:
@@ -1814,31 +1908,70 @@ class _Processes:
     """
 
     def __init__(self) -> None:
-        self._lock = (
-            threading.Lock()
-        )  # guards the rest, and lets one thread look while the others wait for what it sees
+        # guards the rest, and lets one thread look while the others wait for what it sees
+        self._lock = threading.Lock()
         self._looked_at = -math.inf
-        self._groups: Optional[frozenset[int]] = None
+        self._groups: Optional[Mapping[int, int]] = None
 
-    def has_living(self, group: int, since: float) -> bool:
-        """Whether a group has a living member, by a look that is fresh, and not from before a moment."""
+    def groups(self, session: int, since: float) -> Optional[set[int]]:
+        """The groups of a session that have members, by a look that is fresh, and not from before a moment.
+
+        None where that is not to be known.
+        """
         with self._lock:
             now = time.monotonic()
             if self._looked_at < max(since, now - _GROUP_CHECK_SECONDS):
                 self._looked_at, self._groups = now, self._look()
-            return self._groups is None or group in self._groups
+            groups = self._groups
+        return None if groups is None else {group for group, found in groups.items() if session in (group, found)}
 
     @staticmethod
-    def _look() -> Optional[frozenset[int]]:
+    def _look() -> Optional[Mapping[int, int]]:
         try:
             pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-            groups = frozenset(map(_living_group, pids))
+            groups = dict(map(_living_group, pids))
         except OSError:
             return None
         return groups if pids else None
 
 
 _processes = _Processes()
+
+
+class _Stdin:
+    """Our end of a command's standard input, which never blocks. One who stops writing in the middle lets go of it only
+    when the command has ended, or that would take what it got for all of it."""
+
+    def __init__(self, descriptor: int, is_terminal: bool) -> None:
+        self._descriptor = descriptor
+        self._is_terminal = is_terminal
+        self._is_in_line = False
+        os.set_blocking(descriptor, False)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def end_mark(self, last: bytes) -> bytes:
+        """What tells the end behind the last piece: on a terminal VEOF, within a line twice (termios(3))."""
+        is_in_line = not last.endswith(b"\n") if last else self._is_in_line
+        return b"\x04\x04"[: 1 + is_in_line] if self._is_terminal else b""
+
+    def write(self, data: memoryview) -> memoryview:
+        """Write what goes; the rest is returned. Raises BrokenPipeError once nobody reads it."""
+        try:
+            count = os.write(self._descriptor, data)
+        except BlockingIOError:
+            return data
+        except OSError as error:  # of a terminal EIO
+            raise BrokenPipeError("the command takes no more input") from error
+        self._is_in_line = data[count - 1] != 10
+        return data[count:]
+
+    def close(self) -> None:
+        """Let go of it. May be called twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class Run:
@@ -1882,6 +2015,10 @@ class Run:
     def outcome(self) -> Outcome:
         """How a run that is over has ended."""
         return Outcome(self.exit_code or 0, self.reason, self.seconds)
+
+    def take_input(self) -> Optional[_Stdin]:
+        """Its standard input, where it has one; it is the caller's from now on."""
+        return None
 
     @property
     def is_over(self) -> bool:
@@ -1945,7 +2082,12 @@ class Run:
 
     def _take(self, descriptor: int, size: int) -> bytes:
         """Up to so many bytes of an output. Raises BlockingIOError where there is nothing yet."""
-        return os.read(descriptor, size)
+        try:
+            return os.read(descriptor, size)
+        except OSError as error:
+            if error.errno != errno.EIO:  # a terminal's, which nobody has open any more
+                raise
+            return b""
 
     def stop(self, reason: str) -> None:
         """Ask it to end, and force it after the grace time. The first reason is the one that counts."""
@@ -2050,7 +2192,9 @@ class Process(Run):
 
     def __init__(self, launch: Launch, settings: Settings, timeout: Optional[float], release: _Release) -> None:
         super().__init__(settings, timeout, release)
-        self._process, self.outputs = _spawn(launch)
+        self._process, self.outputs = _spawn(launch, settings.terminal_size)
+        self._terminal = next(iter(self.outputs)) if launch.pty else None
+        self._has_input = launch.has_input
         self._reaped_at = math.inf
         self._check_seconds = _GROUP_CHECK_SECONDS
         if settings.child_nofile and hasattr(resource, "prlimit"):
@@ -2062,15 +2206,14 @@ class Process(Run):
             self._undo_start()
             raise _shortage(error) from None
 
-    def take_input(self) -> Optional[int]:
-        """The descriptor to write its standard input to, which never blocks; it is the caller's from now on."""
+    def take_input(self) -> Optional[_Stdin]:
+        if self._terminal is not None:
+            return _Stdin(os.dup(self._terminal), True) if self._has_input else None
         pipe, self._process.stdin = self._process.stdin, None
         if pipe is None:
             return None
         with pipe:
-            writer = os.dup(pipe.fileno())
-        os.set_blocking(writer, False)
-        return writer
+            return _Stdin(os.dup(pipe.fileno()), False)
 
     def _undo_start(self) -> None:
         self._release = None
@@ -2094,6 +2237,8 @@ class Process(Run):
         return Outcome(self.exit_code or 0, self.reason, self.seconds, -returncode if (returncode or 0) < 0 else None)
 
     def _ask(self) -> None:
+        if self._terminal is not None:  # an interactive shell ends when its terminal goes, and by SIGTERM it does not
+            self._signal(signal.SIGHUP)
         self._signal(signal.SIGTERM)
         self._signal(signal.SIGCONT)  # a process that is stopped acts on SIGTERM only once it goes on
 
@@ -2101,10 +2246,15 @@ class Process(Run):
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
-        """Signal the group. It may be empty, and may hold processes that are another user's (kill(2))."""
-        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._process.returncode is None or not self._is_number_reused():
-                os.killpg(self.pid, number)
+        """Signal the group, and on a terminal the others of the session: a shell makes one of each job."""
+        with self._lock:
+            if self._process.returncode is not None and self._is_number_reused():
+                return
+            others = _processes.groups(self.pid, time.monotonic()) if self._terminal is not None else None
+            for group in {self.pid} | (others or set()):
+                # It may be empty, and may hold processes that are another user's (kill(2)).
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(group, number)
 
     def _is_number_reused(self) -> bool:
         """Whether a stranger has the reaped leader's number, which says that the group was empty before."""
@@ -2138,10 +2288,11 @@ class Process(Run):
             try:
                 os.killpg(self.pid, 0)
             except ProcessLookupError:
-                return True
+                return self._terminal is None or not _processes.groups(self.pid, self._reaped_at)
             if self._is_number_reused():
                 return True
-        if _processes.has_living(self.pid, since=self._reaped_at):
+        living = _processes.groups(self.pid, self._reaped_at)
+        if living is None or (living if self._terminal is not None else self.pid in living):
             return False
         self._signal(signal.SIGKILL)  # for one that forked on while it was looked for; zombies do not mind
         with self._lock, contextlib.suppress(ChildProcessError):
@@ -2823,7 +2974,9 @@ def _curl_line(target: _Target, name: str, command: Command) -> str:
         safe="/:,@",
     )
     words = []
-    if command.method == "POST":
+    if command.stdin:
+        words += ["-T", "."]
+    elif "POST" in command.methods:
         words += ["-d", query] if query else ["-X", "POST"]
         query = ""
     words.append(f"{target.url}/{name}" + (f"?{query}" if query else ""))
@@ -2882,14 +3035,16 @@ COMMANDS</main>
 """
 _COMMAND = """<section aria-labelledby="NAME"><h2 id="NAME">NAME POST</h2>
 <p>ABOUT</p>
-<p><code tabindex="0">LINE</code></p>
-<form action="NAME" method="METHOD" target="view">FIELDS
-<div class="row"><button class="start" aria-label="Start NAME">Start</button>
-<button formaction="-/idle" formmethod="get" formnovalidate aria-label="Stop NAME">Stop</button>
-<button formtarget="_blank" aria-label="Open NAME in its own tab">Own tab</button></div></form>
+<p><code tabindex="0">LINE</code></p>FORM
 <details><summary>curl</summary><input class="curl" readonly aria-label="curl line for NAME" value="CURL"></details>
 </section>
 """
+# A form cannot send a body as it is: a command that takes one has the line for curl alone.
+_FORM = """
+<form action="NAME" method="METHOD" target="view">FIELDS
+<div class="row"><button class="start" aria-label="Start NAME">Start</button>
+<button formaction="-/idle" formmethod="get" formnovalidate aria-label="Stop NAME">Stop</button>
+<button formtarget="_blank" aria-label="Open NAME in its own tab">Own tab</button></div></form>"""
 _IDLE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Idle</title><link rel="icon" href="data:,">
 <style>STYLE</style></head>
@@ -3000,13 +3155,13 @@ def _index_page(target: _Target, commands: Mapping[str, Command]) -> Reply:
     """The commands as a page: a form for each and a frame for the output, without a script."""
     sections = [
         _fill(
-            _COMMAND,
+            _COMMAND.replace("FORM", "" if command.stdin and "GET" not in command.methods else _FORM),
             {
                 "NAME": name,
-                "POST": '<span class="post">POST</span>' if command.method == "POST" else "",
+                "POST": '<span class="post">POST</span>' if "GET" not in command.methods else "",
                 "ABOUT": html.escape(command.about),
                 "LINE": html.escape(command.line),
-                "METHOD": command.method.lower(),
+                "METHOD": "get" if "GET" in command.methods else "post",
                 "FIELDS": "\n".join(_form_fields(command)),
                 "CURL": html.escape(_curl_line(target, name, command)),
             },
@@ -3018,12 +3173,13 @@ def _index_page(target: _Target, commands: Mapping[str, Command]) -> Reply:
 
 
 def _index_json(url: str, commands: Mapping[str, Command]) -> str:
-    """The commands as {"commands": [{name, about, method, url, command, parameters: [{name, type, ...}]}]}."""
+    """The commands as {"commands": [{name, about, method, stdin, url, command, parameters: [{name, type, ...}]}]}."""
     described = [
         {
             "name": name,
             "about": command.about,
-            "method": command.method,
+            "method": command.methods[0],
+            "stdin": command.stdin,
             "url": f"{url}/{name}",
             "command": command.line,
             "parameters": [
@@ -3130,7 +3286,10 @@ class Site:
     def _run(self, name: str, command: Command, request: Request, read_body: Callable[[int], bytes]) -> Reply:
         fields = list(_parse_query(request.query))
         values, given = self._sort_fields(name, command, fields)
-        if request.has_body:
+        if command.stdin:
+            if request.headers.get("content-type", "").lower().lstrip().startswith("multipart/form-data"):
+                raise Error("the body is the command's input as it is: send it as curl -T or --data-binary does", 415)
+        elif request.has_body:
             with self._lock:
                 self._check_slot(name, command)
             fields += _parse_form(request, read_body)
@@ -3143,6 +3302,7 @@ class Site:
             make = functools.partial(Task, launch)
         else:
             launch = command.bind(name, values, stderr="merge" if options.format == "text" else "separate")
+            launch = launch._replace(has_input=command.stdin and request.has_body)
             make = functools.partial(Process, launch)
         class_, type_ = _FORMATS[options.format]
         headers = {"Content-Type": type_ if command.is_plain_text else command.type, "Vary": "Accept"}
@@ -3262,6 +3422,9 @@ class Site:
 # server: sockets. The listener, a thread for each connection, and the pump that moves output to a client
 
 _RECEIVE_BYTES = 64 * 1024
+# By this the end of a client shows before all that it has sent is read. Where there is none, it shows when more is read
+# or written.
+_PEER_CLOSED = getattr(select, "POLLRDHUP", 0)
 # Time for a client to read an answer that ends in a close, while it may still be sending (RFC 9112 section 9.6).
 _LINGER_SECONDS = 2.0
 # Time for what is left of an answer to reach the client while the server closes.
@@ -3377,6 +3540,7 @@ class _Client:
         self.outbox = memoryview(b"")
         self.lost = ""  # why there is nobody to talk to, once there is not
         self.is_evicted = False
+        self.is_held = False  # not read from: the command does not take what it has sent
         self.idle_since: Optional[float] = time.monotonic()  # None while a request is being answered
         self.run: Optional[Run] = None
         self._tls = tls
@@ -3391,7 +3555,7 @@ class _Client:
     @property
     def events(self) -> int:
         """What to poll the socket for."""
-        return select.POLLIN | (select.POLLOUT if self.outbox else 0)
+        return (_PEER_CLOSED if self.is_held else select.POLLIN) | (select.POLLOUT if self.outbox else 0)
 
     @property
     def deadline(self) -> float:
@@ -3408,7 +3572,10 @@ class _Client:
         if events & select.POLLOUT:
             self._flush()
         if events & ~select.POLLOUT:
-            self._receive()
+            if self.is_held:
+                self.lose()
+            else:
+                self._receive()
         if self.outbox and time.monotonic() >= self.deadline:
             self._check_stall()
 
@@ -3418,7 +3585,7 @@ class _Client:
             try:
                 data = self._tls.encrypt(data)
             except OSError:
-                self._lose()
+                self.lose()
                 return
         if not self.outbox:
             self._moved_at = time.monotonic()
@@ -3450,14 +3617,14 @@ class _Client:
         except BlockingIOError:
             self._queued_bytes = self._count_queued()
         except OSError:
-            self._lose()
+            self.lose()
 
     def _check_stall(self) -> None:
         """Let the client go if it has taken nothing. The socket alone does not tell: it turns writable only once a good
         part of what the system holds has been taken, which from a slow client can be minutes."""
         before, self._queued_bytes, self._moved_at = self._queued_bytes, self._count_queued(), time.monotonic()
         if self._queued_bytes >= before:
-            self._lose(_CLIENT_STALLED)
+            self.lose(_CLIENT_STALLED)
 
     def _count_queued(self) -> int:
         """What the system holds for the client, as far as it tells (tcp(7), SIOCOUTQ)."""
@@ -3485,9 +3652,10 @@ class _Client:
             is_over = self._tls.is_over
         self.inbox += data
         if is_over:
-            self._lose()
+            self.lose()
 
-    def _lose(self, why: str = _CLIENT_GONE) -> None:
+    def lose(self, why: str = _CLIENT_GONE) -> None:
+        """Give it up: there is nobody to talk to any more."""
         self.lost = self.lost or why
         self.outbox = memoryview(b"")
 
@@ -3497,6 +3665,65 @@ class _Client:
             if is_reset:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
+
+
+class _Upload:
+    """A request's body on its way to the command: taken off the inbox a piece at a time, as the command takes it."""
+
+    def __init__(self, request: Request, stdin: _Stdin) -> None:
+        self._stdin: Optional[_Stdin] = stdin
+        self._chunks = _Chunks() if request.is_chunked else None
+        self._left = request.body_bytes
+        self._held = memoryview(b"")
+        self._is_whole = False
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether the command has not taken yet what was taken for it."""
+        return bool(self._held)
+
+    @property
+    def watched(self) -> dict[int, int]:
+        """The descriptor to poll, where there is something to write."""
+        return {self._stdin.fileno(): select.POLLOUT} if self._stdin and self._held else {}
+
+    def take(self, inbox: bytearray) -> None:
+        """Take the next piece, once the one before has gone; behind the last is the end. Raises Error."""
+        if self._held or self._is_whole:
+            return
+        if self._chunks:
+            piece = self._chunks.take(inbox)
+            self._is_whole = self._chunks.is_over
+        else:
+            piece = bytes(inbox[: self._left])
+            del inbox[: self._left]
+            self._left -= len(piece)
+            self._is_whole = not self._left
+        if self._stdin:
+            self._held = memoryview(piece + self._stdin.end_mark(piece) if self._is_whole else piece)
+            self._pass_on()
+
+    def turn(self, ready: dict[int, int]) -> None:
+        """Act on what poll has said, and take that out."""
+        if self._stdin and ready.pop(self._stdin.fileno(), 0):
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        assert self._stdin
+        try:
+            if self._held:
+                self._held = self._stdin.write(self._held)
+        except BrokenPipeError:  # it wants no more, which is no mistake: the rest of the body is read over
+            self._held = memoryview(b"")
+            self.close()
+        if self._is_whole and not self._held:
+            self.close()
+
+    def close(self) -> None:
+        """Close the command's standard input. May be called twice."""
+        stdin, self._stdin = self._stdin, None
+        if stdin:
+            stdin.close()
 
 
 def _join_headers(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
@@ -3631,11 +3858,11 @@ class _Handler(socketserver.BaseRequestHandler):
         return head
 
     def _read_body(self, request: Request, limit: int) -> bytes:
-        """The request's body, asked for if the client waits for that (RFC 9110 section 10.1.1)."""
+        """The request's body, in full."""
         client, size = self._client, request.body_bytes
         chunks = _Chunks() if request.is_chunked else None
-        if "expect" in request.headers and not request.is_http_1_0 and not client.inbox and size <= limit:
-            client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if size <= limit:
+            self._ask_for_body(request)
         deadline = time.monotonic() + _BODY_SECONDS
         client.idle_since = time.monotonic()  # it makes room for others until its request is whole
         body = b""
@@ -3651,6 +3878,11 @@ class _Handler(socketserver.BaseRequestHandler):
         if not self.server.claim(client):
             raise _ClientGone
         return body
+
+    def _ask_for_body(self, request: Request) -> None:
+        """Ask for the body, if the client waits for that (RFC 9110 section 10.1.1)."""
+        if "expect" in request.headers and not request.is_http_1_0 and not self._client.inbox:
+            self._client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _headers(self, request: Optional[Request], reply: Reply) -> dict[str, str]:
         """The headers of an answer: its own, and what is said of those who may use it."""
@@ -3671,15 +3903,19 @@ class _Handler(socketserver.BaseRequestHandler):
         """Send what a run puts out, as it comes, and then how it ended, in the way the client can tell."""
         client, format_ = self._client, reply.format or Format()
         client.run = run
+        stdin = run.take_input()
+        upload = _Upload(request, stdin) if stdin else None
         is_chunked = not request.is_http_1_0
         framing = {"X-Accel-Buffering": "no"}  # else nginx collects the output
         if is_chunked:
             framing.update({"Transfer-Encoding": "chunked", "Trailer": "Exit-Code"})
         try:
             self._must_reset = not is_chunked  # for HTTP/1.0 a close would be the proper end of any answer
+            if upload:
+                self._ask_for_body(request)
             client.send(_head_bytes(reply.status, {**self._headers(request, reply), **framing}, is_reusable))
             self._write(format_.start(), is_chunked)
-            self._pump(run, format_, is_chunked)
+            self._pump(run, format_, is_chunked, upload)
             outcome = run.outcome
             self._write(format_.end(outcome), is_chunked)
             # Without the final chunk the client can tell a cut answer from a whole one (RFC 9112 section 8).
@@ -3693,19 +3929,24 @@ class _Handler(socketserver.BaseRequestHandler):
             self._must_reset = bool(outcome.reason) and not is_chunked
         finally:
             run.close()
-            client.run = None
+            client.run, client.is_held = None, False
+            if upload:
+                upload.close()
         return outcome
 
-    def _pump(self, run: Run, format_: Format, is_chunked: bool) -> None:
-        """Move output from the run to the client until the run is over.
+    def _pump(self, run: Run, format_: Format, is_chunked: bool, upload: Optional[_Upload]) -> None:
+        """Move output from the run to the client, and input from the client to the run, until the run is over.
 
         Nothing is read while the client has not taken all of what was read before, so that no more than a block is
-        ever held here, and a slow client slows its own command and nothing else. A client that leaves ends the run,
-        also when the command is silent; what still comes then is dropped.
+        ever held here, and a slow client slows its own command and nothing else; nor is the client read from while
+        its command does not take its input. A client that leaves ends the run, also when the command is silent; what
+        still comes then is dropped.
         """
         client, closing = self._client, self._closing
         while not run.is_over:
-            watched = {client.fileno(): client.events}
+            if upload:
+                self._take_input(upload)
+            watched = {client.fileno(): client.events, **(upload.watched if upload else {})}
             if client.lost:
                 watched = {}
                 run.stop(client.lost)
@@ -3714,6 +3955,8 @@ class _Handler(socketserver.BaseRequestHandler):
             is_paused = bool(client.outbox)
             ready = run.wait(watched, is_paused, client.deadline if is_paused else format_.due)
             client.turn(ready.pop(client.fileno(), 0))
+            if upload:
+                upload.turn(ready)
             if ready.pop(closing, 0):
                 run.stop(_SHUTTING_DOWN)
                 if self.server.is_killing:
@@ -3725,6 +3968,13 @@ class _Handler(socketserver.BaseRequestHandler):
                     self._write(format_.feed(stream, data), is_chunked)
             if not is_paused and time.monotonic() >= format_.due:
                 self._write(format_.pause(), is_chunked)
+
+    def _take_input(self, upload: _Upload) -> None:
+        try:
+            upload.take(self._client.inbox)
+        except Error as error:
+            self._client.lose(str(error))
+        self._client.is_held = upload.is_held_up
 
     def _write(self, data: bytes, is_chunked: bool) -> None:
         """Send a piece of the body, as one chunk in one send. An empty piece must not become one: that is the last."""
@@ -4130,9 +4380,9 @@ class Stream(Iterator[bytes]):
 
     _closed_reason = "closed"
 
-    def __init__(self, run: Run, writer: Optional[int], settings: Settings, format_: Optional[Format] = None) -> None:
+    def __init__(self, run: Run, stdin: Optional[_Stdin], settings: Settings, format_: Optional[Format] = None) -> None:
         self._run = run
-        self._writer = writer
+        self._stdin = stdin
         self._settings = settings
         self._format = format_ or Format()
         self._ahead: collections.deque[bytes] = collections.deque()  # that came while something was written
@@ -4181,20 +4431,25 @@ class Stream(Iterator[bytes]):
         view = memoryview(data)
         with self._turn:
             while view:
-                if self._writer is None or self._run.is_over:
+                if self._stdin is None or self._run.is_over:
                     raise BrokenPipeError("the command takes no input")
                 is_full = sum(map(len, self._ahead)) >= _AHEAD_BYTES
-                ready = self._run.wait({self._writer: select.POLLOUT}, is_paused=is_full)
-                if ready.pop(self._writer, 0):
-                    with contextlib.suppress(BlockingIOError):
-                        view = view[os.write(self._writer, view) :]
+                ready = self._run.wait({self._stdin.fileno(): select.POLLOUT}, is_paused=is_full)
+                if ready.pop(self._stdin.fileno(), 0):
+                    view = self._stdin.write(view)
                 self._read(ready)
 
     def close_stdin(self) -> None:
         """Tell the command that there is no more input."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            os.close(writer)
+        if self._stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self.write(self._stdin.end_mark(b""))
+        self._drop_stdin()
+
+    def _drop_stdin(self) -> None:
+        stdin, self._stdin = self._stdin, None
+        if stdin:
+            stdin.close()
 
     def stop(self) -> None:
         """Ask the run to end: SIGTERM to its group, or `stopping` to a task. What still comes can be read."""
@@ -4212,9 +4467,9 @@ class Stream(Iterator[bytes]):
         if has_turn:  # or else it is left to who has it, and does not return
             try:
                 self._is_ended = True
-                self.close_stdin()
                 self._ahead.clear()
                 self._run.close()
+                self._drop_stdin()
             finally:
                 self._turn.release()
 
@@ -4222,7 +4477,7 @@ class Stream(Iterator[bytes]):
         """Let go of it in a process that was forked off: the run is its parent's."""
         self._turn = threading.Lock()
         self._is_ended = True
-        self.close_stdin()
+        self._drop_stdin()
         self._run.disown()
 
     def _add(self, data: bytes) -> None:
@@ -4317,14 +4572,41 @@ class _Body(Stream):
 
     _closed_reason = _CLIENT_GONE
 
-    def __init__(self, site: Site, settings: Settings, reply: Reply) -> None:
+    def __init__(self, site: Site, settings: Settings, reply: Reply, environ: Mapping[str, Any]) -> None:
         assert reply.run
         super().__init__(reply.run, None, settings, reply.format)
+        stdin = reply.run.take_input()
+        if stdin:
+            arguments = (stdin, environ["wsgi.input"], int(environ.get("CONTENT_LENGTH") or -1))
+            threading.Thread(target=self._pass_on, args=arguments, daemon=True, name="streamlog-input").start()
         self._site = site
         self._name = reply.name
         self._sent_bytes = 0
         self._is_recorded = False
         self._ahead.appendleft(b"")  # at which most servers send the head
+
+    def _pass_on(self, stdin: _Stdin, body: Any, left: int) -> None:
+        """Give the command the request's body, and close its standard input if that was whole; in a thread."""
+        with contextlib.closing(stdin), contextlib.suppress(BrokenPipeError):
+            try:
+                while left:
+                    piece = body.read(min(left, _RECEIVE_BYTES) if left > 0 else _RECEIVE_BYTES)
+                    if not piece and left > 0:
+                        raise OSError("the body is shorter than it says")
+                    left = left - len(piece) if left > 0 else -bool(piece)
+                    self._put(stdin, piece if left else piece + stdin.end_mark(piece))
+            except BrokenPipeError:
+                raise
+            except Exception:  # each server has errors of its own for a client that has left
+                self._run.stop(_CLIENT_GONE)
+                while not self._is_ended:  # or the command would take this for the end of its input
+                    _poll({stdin.fileno(): 0}, time.monotonic() + 1)
+
+    def _put(self, stdin: _Stdin, piece: bytes) -> None:
+        view = memoryview(piece)
+        while view and not self._is_ended:
+            if _poll({stdin.fileno(): select.POLLOUT}, time.monotonic() + 1):
+                view = stdin.write(view)
 
     def __next__(self) -> bytes:
         try:
@@ -4372,7 +4654,7 @@ class _Application:
             headers["X-Accel-Buffering"] = "no"
         elif reply.status != 204 and not (is_head and reply.status == 200):
             headers["Content-Length"] = str(len(reply.body))
-        body = _Body(self._site, self._settings, reply) if reply.run else None
+        body = _Body(self._site, self._settings, reply, environ) if reply.run else None
         try:
             start_response(f"{reply.status} {http.HTTPStatus(reply.status).phrase}", list(headers.items()))
         except BaseException:
@@ -4424,6 +4706,13 @@ def _read_size(text: str) -> int:
     return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
+def _read_terminal_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", text)
+    if not match:
+        raise ConfigError(f"--terminal must be COLUMNSxLINES, as in 80x24: {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def _read_origin(text: str) -> str:
     match = re.fullmatch(r"https?://([^/]+)", text, re.IGNORECASE)
     if not match or not _AUTHORITY.fullmatch(match[1]):
@@ -4469,6 +4758,7 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--no-auth", action="store_true")
     parser.add_argument("--allow-host", action="append", default=[], type=_read_host)
     parser.add_argument("--allow-origin", action="append", default=[], type=_read_origin)
+    parser.add_argument("--terminal", type=_read_terminal_size, default=(80, 24))
     parser.add_argument("--check", action="store_true")
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("-q", "--quiet", action="store_true")
@@ -4525,23 +4815,49 @@ def _warnings(command: Command) -> Iterator[str]:
             yield f"{word!r} means nothing without a shell: a leading ! asks for one"
 
 
+# Programs that keep what they print until it fills a block, unless they print to a terminal (setvbuf(3)), and what
+# makes them print at once.
+_BLOCKWISE = {
+    "grep": "--line-buffered",
+    "sed": "-u",
+    "awk": "fflush()",
+    "gawk": "fflush()",
+    "mawk": "-W interactive",
+    "jq": "--unbuffered",
+    "tcpdump": "-l",
+    **dict.fromkeys(("cut", "tr", "uniq", "fold", "nl"), "stdbuf -oL"),
+}
+
+
+def _notes(command: Command) -> Iterator[str]:
+    """Why a command may stay silent while it has something to say."""
+    steps = re.split(r"(?<!\|)\|(?!\|)", command.line.lstrip().lstrip("!")) if command.is_shell else [command.line]
+    for at, step in enumerate(steps):
+        program = os.path.basename((step.split() or [""])[0])
+        remedy = _BLOCKWISE.get(program, "")
+        if remedy and remedy not in step and not (command.pty and step is steps[-1]):
+            other = ", or pty = yes" if at == len(steps) - 1 else ""
+            yield f"{program} prints block by block where it is on no terminal: {remedy}{other}"
+
+
 _DEFAULTS = Command("true")
 
 
 def _describe(name: str, command: Command) -> str:
     """A command as it was understood, for --check."""
-    lines = [f"{command.method:4} /{name}  {command.line}"]
+    lines = [f"{', '.join(command.methods):4} /{name}  {command.line}"]
     if command.about:
         lines.append(f"about: {command.about}")
     lines.append(f"program: {_find_program(command) or 'not found'}")
     for parameter in command.parameters.values():
         default = "required" if parameter.default is None else f"default {parameter.default!r}"
         lines.append(f"parameter {parameter.name}: {parameter.type}, {default}")
-    for option in ("timeout", "max", "stderr", "cwd", "type"):
+    for option in ("timeout", "max", "stderr", "stdin", "pty", "cwd", "type"):
         value = getattr(command, option)
         if value != getattr(_DEFAULTS, option):
-            lines.append(f"{option}: {value}")
+            lines.append(f"{option}: {'yes' if value is True else value}")
     lines += [f"env: {key}={value}" for key, value in command.env.items()]
+    lines += [f"note: {note}" for note in _notes(command)]
     return "\n     ".join(lines)
 
 
@@ -4574,6 +4890,7 @@ def _make_settings(options: argparse.Namespace) -> Settings:
         allow_hosts=options.allow_host,
         allow_origins=options.allow_origin,
         child_nofile=_raise_descriptor_limit(),
+        terminal_size=options.terminal,
         insight=False,
     )
 

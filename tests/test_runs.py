@@ -237,18 +237,18 @@ class Stops(RunCase):
     def test_who_cannot_be_looked_at_is_taken_for_living(self) -> None:
         for target in ("os.listdir", "builtins.open"):
             with mock.patch(target, side_effect=OSError(errno.EMFILE, "too many")):
-                self.assertTrue(streamlog._Processes().has_living(1 << 30, since=0))
-        self.assertFalse(streamlog._Processes().has_living(1 << 30, since=0))
-        self.assertTrue(streamlog._Processes().has_living(os.getpgrp(), since=0))
+                self.assertIsNone(streamlog._Processes().groups(1 << 30, since=0))
+        self.assertFalse(streamlog._Processes().groups(1 << 30, since=0))
+        self.assertTrue(streamlog._Processes().groups(os.getpgrp(), since=0))
 
     def test_a_look_from_before_does_not_count(self) -> None:
         processes = streamlog._Processes()
         child = subprocess.Popen(["sleep", "300"], start_new_session=True)
-        self.assertTrue(processes.has_living(child.pid, since=0))
+        self.assertTrue(processes.groups(child.pid, since=0))
         child.kill()
         child.wait()
-        self.assertTrue(processes.has_living(child.pid, since=0), "it was looked just now")
-        self.assertFalse(processes.has_living(child.pid, since=time.monotonic()))
+        self.assertTrue(processes.groups(child.pid, since=0), "it was looked just now")
+        self.assertFalse(processes.groups(child.pid, since=time.monotonic()))
 
     def test_a_month_is_not_too_long_a_timeout(self) -> None:
         run = self.run_("echo x", timeout=3e6, grace_seconds=3e6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -170,6 +171,25 @@ class Wsgi(WsgiCase):
         self.assertEqual(self.call(**form, **chunked)[2], b"1\n")
         self.assertIn(b"shorter than it says", self.call(**form, CONTENT_LENGTH="4")[2])
         self.assertIn(b"must be a number", self.call(**form, CONTENT_LENGTH="-1")[2])
+
+    def test_a_body_is_a_command_s_input_and_one_that_breaks_off_is_no_end_of_file(self) -> None:
+        port = self.mount({"x": Command("sha256sum", stdin=True), "y": Command("true", stdin=True)})
+        data = os.urandom(1_000_000)
+        digest = hashlib.sha256(data).hexdigest().encode()
+        self.assertEqual(self.ask(port, "/x", "PUT", [], data).body, digest + b"  -\n")
+        self.assertEqual(self.ask(port, "/y", "PUT", [], b"abc").body, b"")
+        done = self.folder / "done"
+        port = self.mount({"x": Command(f"!echo $$; cat >/dev/null && touch {done}", stdin=True)})
+        with Raw(("127.0.0.1", port)) as client:
+            client.get("/x", "PUT", ["Content-Length: 100"])
+            client.send(b"x" * 50)
+            client.read_head()
+            (pid,) = pids_in(client.read_until(b"\n"))
+        wait_until(lambda: not is_alive(pid), "it is gone", 5)
+        self.assertFalse(done.exists())
+        wait_until(
+            lambda: not any(thread.name == "streamlog-input" for thread in threading.enumerate()), "so is its thread"
+        )
 
     def test_settings_of_a_socket_are_refused(self) -> None:
         with self.assertRaisesRegex(ConfigError, "the setting 'port' is that of the server"):

@@ -1,0 +1,516 @@
+"""A request's body as a command's input, terminals, and sessions by both."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import unittest
+from typing import Any
+from unittest import mock
+
+import streamlog
+from streamlog import Command, ConfigError
+
+from .support import (
+    CERTIFICATE,
+    SOAK,
+    Raw,
+    ServerCase,
+    is_alive,
+    pids_in,
+    resident_bytes,
+    run_program,
+    wait_until,
+)
+
+CURL = shutil.which("curl")
+FORM = "Content-Type: application/x-www-form-urlencoded"
+
+
+def taking(command: str, **options: Any) -> Command:
+    return Command(command, stdin=True, **options)
+
+
+class InputCase(ServerCase):
+    def begin(self, server: streamlog.Server, path: str, *headers: str, method: str = "PUT", **options: Any) -> Raw:
+        """A client that has sent the head of a request with a body."""
+        client = self.connect(server, **options)
+        client.get(path, method, headers or ("Transfer-Encoding: chunked",))
+        return client
+
+    def send(self, client: Raw, data: bytes) -> None:
+        client.send(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+class Bodies(InputCase):
+    def test_a_body_is_the_command_s_input_whatever_it_calls_itself(self) -> None:
+        server = self.serve({"cat": taking("cat"), "count": taking("wc {option=c}", method="GET")})
+        for method, headers in (
+            ("POST", [FORM]),
+            ("PUT", ["Content-Type: application/json"]),
+            ("POST", []),
+            ("PUT", ["Expect: 100-continue"]),
+        ):
+            with self.subTest(method=method, headers=headers):
+                with self.begin(server, "/cat", "Content-Length: 7", *headers, method=method) as client:
+                    if "Expect: 100-continue" in headers:
+                        self.assertEqual(client.read_until(b"\r\n\r\n"), b"HTTP/1.1 100 Continue\r\n\r\n")
+                    client.send(b"a=1&b=2")
+                    answer = client.read_answer()
+                self.assertEqual((answer.body, answer.trailers), (b"a=1&b=2", {"Exit-Code": "0"}))
+        with self.begin(server, "/cat") as client:
+            self.send(client, b"chunked")
+            client.send(b"0\r\nTrailer: x\r\n\r\n")
+            self.assertEqual(client.read_answer().body, b"chunked")
+
+    def test_parameters_come_from_the_query_alone(self) -> None:
+        server = self.serve({"x": taking("tr a {to}")})
+        self.assertEqual(self.fetch(server, "/x?to=b", "POST", [FORM], b"to=c").body, b"to=c")
+        self.assertEqual(self.fetch(server, "/x", "POST", [FORM], b"to=c").status, 400)
+
+    def test_which_methods_it_takes(self) -> None:
+        server = self.serve({"x": taking("wc -c"), "y": taking("wc -c", method="GET"), "z": "wc -c"})
+        for path, method, body, status, told in (
+            ("/x", "GET", b"", 405, b"takes OPTIONS, POST, PUT, not GET"),
+            ("/x", "POST", b"", 200, b"0\n"),
+            ("/x", "PUT", b"", 200, b"0\n"),
+            ("/y", "GET", b"", 200, b"0\n"),
+            ("/y", "PUT", b"abc", 200, b"3\n"),
+            ("/y", "GET", b"abc", 400, b"takes no body"),
+            ("/z", "PUT", b"abc", 405, b"takes GET, HEAD, OPTIONS"),
+        ):
+            with self.subTest(path=path, method=method):
+                answer = self.fetch(server, path, method, [], body)
+                self.assertEqual(answer.status, status)
+                self.assertIn(told, answer.body)
+
+    def test_a_multipart_form_is_refused(self) -> None:
+        server = self.serve({"x": taking("wc -c")})
+        answer = self.fetch(server, "/x", "POST", ["Content-Type: multipart/form-data; boundary=x"], b"--x")
+        self.assertEqual((answer.status, b"curl -T" in answer.body), (415, True))
+
+    def test_a_line_is_answered_before_the_next_is_sent(self) -> None:
+        server = self.serve({"x": taking("!while read line; do echo got $line; done")})
+        with self.begin(server, "/x") as client:
+            client.read_head()
+            for line in (b"one", b"two", b"three"):
+                self.send(client, line + b"\n")
+                self.assertEqual(client.read_chunk(), b"got " + line + b"\n")
+            client.send(b"0\r\n\r\n")
+            self.assertEqual(client.read_until(b"\r\n\r\n"), b"0\r\nExit-Code: 0\r\n\r\n")
+
+    def test_a_command_that_does_not_read_gives_a_whole_answer(self) -> None:
+        server = self.serve(
+            {
+                "none": taking("echo whole"),
+                "some": taking("head -c 3"),
+                "closed": taking("!exec <&-; sleep 0.3; echo whole"),
+            }
+        )
+        data = bytes(20_000_000)
+        for path in ("/none", "/some", "/closed"):
+            with self.subTest(path=path), self.begin(server, path, f"Content-Length: {len(data)}") as client:
+
+                def send(client: Raw = client) -> None:
+                    with contextlib.suppress(OSError):
+                        client.send(data)
+
+                sender = threading.Thread(target=send)
+                sender.start()
+                answer = client.read_answer()
+                self.assertTrue(answer.is_whole)
+                self.assertEqual(answer.body, bytes(3) if path == "/some" else b"whole\n")
+                client.reset()
+                sender.join()
+
+    def test_a_client_that_aborts_its_upload_ends_the_run_without_an_end_of_file(self) -> None:
+        server = self.serve({"x": taking(f"!echo $$; cat > {self.folder}/got && touch {self.folder}/done")})
+        for start, part in (
+            (("Content-Length: 100",), b"x" * 50),
+            (("Transfer-Encoding: chunked",), b"32\r\n" + b"x" * 50 + b"\r\n"),
+            (("Transfer-Encoding: chunked",), b"32\r\n" + b"x" * 20),
+        ):
+            for way in ("close", "reset", "half"):
+                with self.subTest(start=start, way=way), self.begin(server, "/x", *start) as client:
+                    client.read_head()
+                    (pid,) = pids_in(client.read_chunk() or b"")
+                    client.send(part)
+                    wait_until(lambda: (self.folder / "got").stat().st_size, "it has some of it")
+                    if way == "reset":
+                        client.reset()
+                    elif way == "half":
+                        client.sock.shutdown(socket.SHUT_WR)
+                    else:
+                        client.sock.close()
+                    wait_until(lambda pid=pid: not is_alive(pid), "it is gone", 5)  # type: ignore[misc]
+                    self.assertFalse((self.folder / "done").exists())
+                (self.folder / "got").unlink()
+
+    def test_a_client_whose_command_does_not_read_is_seen_to_leave(self) -> None:
+        server = self.serve({"x": taking("!echo $$; exec sleep 300")})
+        with self.begin(server, "/x", f"Content-Length: {1 << 30}") as client:
+            client.read_head()
+            (pid,) = pids_in(client.read_chunk() or b"")
+            client.send(bytes(150_000))  # more than the way to the command holds; the system has the rest
+            time.sleep(0.2)
+            self.assertTrue(next(iter(server._clients)).is_held)
+        wait_until(lambda: not is_alive(pid), "it is gone", 3)
+
+    def test_where_poll_does_not_tell_of_the_end_it_shows_when_there_is_output(self) -> None:
+        with mock.patch.object(streamlog, "_PEER_CLOSED", 0):
+            server = self.serve({"x": taking("!echo $$; while sleep 0.2; do echo more; done")})
+            with self.begin(server, "/x", f"Content-Length: {1 << 30}") as client:
+                client.read_head()
+                (pid,) = pids_in(client.read_chunk() or b"")
+                client.sock.settimeout(0.3)
+                with self.assertRaises(OSError):
+                    while True:
+                        client.send(bytes(65536))
+            wait_until(lambda: not is_alive(pid), "it is gone", 5)
+
+    def test_neither_side_is_read_from_faster_than_the_other_takes_it(self) -> None:
+        server = self.serve({"x": taking("cat")})
+        before = resident_bytes()
+        with self.begin(server, "/x", f"Content-Length: {1 << 30}", receive_buffer=4096) as client:
+            client.sock.settimeout(0.5)
+            sent = 0
+            with self.assertRaises(OSError):  # it does not read what comes back
+                while True:
+                    sent += client.sock.send(bytes(65536))
+            self.assertLess(sent, 40 << 20)
+            self.assertLess(resident_bytes() - before, 8 << 20)
+
+    def test_what_is_malformed_ends_the_run(self) -> None:
+        server = self.serve({"x": taking("!echo $$; cat")})
+        with self.begin(server, "/x") as client, self.log_of() as logged:
+            client.read_head()
+            (pid,) = pids_in(client.read_chunk() or b"")
+            client.send(b"zz\r\n")
+            self.assertTrue(client.is_closed())
+            wait_until(lambda: not is_alive(pid), "it is gone", 3)
+            wait_until(lambda: logged.output, "it is logged")
+        self.assertIn('end="a chunk of the body must begin with its size', logged.output[0])
+
+    def test_http_1_0_and_timeouts_hold(self) -> None:
+        server = self.serve({"x": taking("cat"), "slow": taking("!cat; sleep 300", timeout=0.3)})
+        self.assertEqual(self.fetch(server, "/x", "POST", [], b"abc", version="1.0").body, b"abc")
+        answer = self.fetch(server, "/slow", "POST", [], b"abc\n")
+        self.assertFalse(answer.is_whole)
+        self.assertIn(b"abc\n[stopped: timeout", answer.body)
+
+    def test_many_uploads_at_once_are_kept_apart(self) -> None:
+        server = self.serve({"x": taking("cat")})
+        count = max(10, SOAK // 20)
+        failed: list[int] = []
+
+        def upload(number: int) -> None:
+            data = hashlib.sha256(b"%d" % number).digest() * 20_000
+            with self.begin(server, "/x", f"Content-Length: {len(data)}") as client:
+                sender = threading.Thread(target=client.send, args=(data,))
+                sender.start()
+                if client.read_answer().body != data:
+                    failed.append(number)
+                sender.join()
+
+        threads = [threading.Thread(target=upload, args=(number,)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(failed, [])
+
+
+@unittest.skipUnless(CURL, "curl is not installed")
+class Curl(InputCase):
+    """By curl, over TCP, TLS and a unix socket."""
+
+    commands = {
+        "cat": taking("cat"),
+        "wc": taking("wc -c"),
+        "true": taking("true"),
+        "untar": taking("tar xv -C {to:path}"),
+        "python": taking(f"{sys.executable} -i"),
+        "sh": taking("sh"),
+        "terminal": taking("sh -i", pty=True),
+        **({"bc": taking("bc")} if shutil.which("bc") else {}),
+    }
+
+    def servers(self) -> list[tuple[str, list[str]]]:
+        """For each way to get there, the URL and curl's options."""
+        path = self.folder / "socket"
+        return [
+            (self.serve(self.commands, drain_seconds=0.2).url, []),
+            (
+                self.serve(self.commands, tls_cert=CERTIFICATE, drain_seconds=0.2).url.replace(
+                    "127.0.0.1", "localhost"
+                ),
+                ["--cacert", CERTIFICATE],
+            ),
+            (
+                "http://localhost",
+                ["--unix-socket", str(path)]
+                if self.serve(self.commands, bind=f"unix:{path}", drain_seconds=0.2)
+                else [],
+            ),
+        ]
+
+    def curl(self, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(["curl", "-sSN", *arguments], stdout=-1, stderr=-1, **options)
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe:
+                self.addCleanup(pipe.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_files_go_up_and_what_comes_of_them_down(self) -> None:
+        data = os.urandom(3_000_000)
+        (self.folder / "data").write_bytes(data)
+        for url, options in self.servers():
+            for given in (["--data-binary", f"@{self.folder}/data"], ["-T", f"{self.folder}/data"]):
+                with self.subTest(url=url, given=given):
+                    self.assertEqual(self.curl(*options, *given, f"{url}/cat").communicate(timeout=20), (data, b""))
+                    process = self.curl(*options, *given, f"{url}/true")
+                    self.assertEqual(process.communicate(timeout=20), (b"", b""))
+                    self.assertEqual(process.returncode, 0)
+            (self.folder / "to").mkdir(exist_ok=True)
+            tar = subprocess.Popen(["tar", "c", "-C", str(self.folder), "data"], stdout=-1)
+            untar = self.curl(*options, "-T", "-", f"{url}/untar?to={self.folder}/to", stdin=tar.stdout)
+            assert tar.stdout
+            tar.stdout.close()
+            self.assertEqual(untar.communicate(timeout=20), (b"data\n", b""))
+            tar.wait()
+            self.assertEqual((self.folder / "to" / "data").read_bytes(), data)
+
+    def test_a_gibibyte_goes_through_cat_and_the_server_stays_flat(self) -> None:
+        size = 1 << 30 if SOAK >= 1000 else 1 << 26
+        (url, _), *_ = self.servers()
+        before = resident_bytes()
+        script = f"head -c {size} /dev/zero | curl -sSN -T - {url}/cat | sha256sum"
+        done = subprocess.run(["sh", "-c", script], stdout=-1, timeout=120)
+        block = bytes(1 << 20)
+        digest = hashlib.sha256()
+        for _ in range(size >> 20):
+            digest.update(block)
+        self.assertEqual(done.stdout.split()[0].decode(), digest.hexdigest())
+        self.assertLess(resident_bytes() - before, 4 << 20)
+
+    def session(self, url: str, options: list[str], name: str) -> tuple[subprocess.Popen[bytes], Any]:
+        process = self.curl(*options, "-T", ".", f"{url}/{name}", stdin=-1)
+        assert process.stdin
+        return process, process.stdin
+
+    def say(self, process: subprocess.Popen[bytes], line: bytes, answer: bytes) -> None:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(line + b"\n")
+        process.stdin.flush()
+        said = b""
+        while answer not in said:
+            piece = os.read(process.stdout.fileno(), 4096)
+            self.assertTrue(piece, said)
+            said += piece
+
+    def test_sessions_answer_each_line_and_leave_nothing(self) -> None:
+        for url, options in self.servers():
+            for name, lines in (
+                ("python", ((b"2+2", b"4\n"), (b"len('foobar')", b"6\n"))),
+                ("sh", ((b"echo $((2+2))", b"4\n"), (b"sleep 301 & echo started", b"started\n"))),
+                ("terminal", ((b"echo $((2+2))", b"4\n"), (b"tty", b"/dev/"), (b"sleep 302 & echo go", b"go\n"))),
+                ("bc", ((b"2+2", b"4\n"), (b"3*4", b"12\n"))),
+            ):
+                if name not in self.commands:
+                    continue
+                for end in ("by itself", "by the client"):
+                    with self.subTest(url=url, name=name, end=end):
+                        process, stdin = self.session(url, options, name)
+                        for line, answer in lines:
+                            self.say(process, line, answer)
+                        if end == "by itself":
+                            stdin.close()
+                            process.wait(10)
+                            self.assertEqual(process.returncode, 0)
+                        else:
+                            process.kill()
+                            process.wait()
+                            stdin.close()
+                        left = ["pgrep", "-f", "^(sleep 30[12]|bc|sh -i|sh|.*python[0-9.]* -i)$"]
+                        wait_until(lambda left=left: not subprocess.run(left, stdout=-1).stdout, "all is gone", 8)  # type: ignore[misc]
+
+
+class Terminals(InputCase):
+    def test_the_command_has_a_terminal_of_the_size_that_is_set(self) -> None:
+        script = (
+            "!test -t 1 && test -t 2 && stty size < /dev/tty; echo $COLUMNS $LINES $TERM; test -t 0 || echo no input"
+        )
+        server = self.serve({"x": Command(script, pty=True)}, terminal_size=(100, 30))
+        self.assertEqual(self.fetch(server, "/x").body, b"30 100\n100 30 xterm-256color\nno input\n")
+
+    def test_it_is_the_controlling_terminal_and_the_command_leads_its_session(self) -> None:
+        script = "import os; print(os.getsid(0) == os.getpid() == os.tcgetpgrp(1), open('/dev/tty', 'w').isatty())"
+        server = self.serve({"x": Command([sys.executable, "-c", script], pty=True)})
+        self.assertEqual(self.fetch(server, "/x").body, b"True True\n")
+
+    def test_output_is_as_it_was_written_unless_echo_is_asked_for(self) -> None:
+        server = self.serve({"plain": taking("cat", pty=True), "echo": taking("cat", pty="echo")})
+        self.assertEqual(self.fetch(server, "/plain", "POST", [], b"a\nb").body, b"a\nb")
+        self.assertEqual(self.fetch(server, "/echo", "POST", [], b"a\n").body, b"a\r\na\r\n")
+
+    def test_all_of_a_long_output_arrives(self) -> None:
+        server = self.serve({"x": Command("seq 1 200000", pty=True)})
+        with self.connect(server, receive_buffer=4096) as client:
+            client.get("/x")
+            client.read_head()
+            time.sleep(0.3)  # it has ended by then, but for what it could not write
+            body = b"".join(iter(client.read_chunk, None))
+        self.assertEqual(
+            hashlib.sha256(body).digest(), hashlib.sha256("".join(f"{n}\n" for n in range(1, 200001)).encode()).digest()
+        )
+
+    def test_a_program_that_hides_colours_and_buffers_without_one_does_not(self) -> None:
+        code = "import os, time; w = os.fdopen(1, 'w'); w.write('first\\n'); time.sleep(60)"
+        server = self.serve(
+            {
+                "ls": Command("ls --color=auto /", pty=True),
+                "slow": Command([sys.executable, "-c", code], pty=True, env={"PYTHONUNBUFFERED": ""}),
+            }
+        )
+        self.assertIn(b"\x1b[", self.fetch(server, "/ls").body)
+        with self.connect(server) as client:
+            client.get("/slow")
+            client.read_head()
+            self.assertEqual(client.read_chunk(), b"first\n")
+
+    def test_exit_codes_and_signals_are_told(self) -> None:
+        server = self.serve({"x": Command("!exit 3", pty=True), "y": Command("!kill -9 $$", pty=True)})
+        self.assertEqual(self.fetch(server, "/x").trailers, {"Exit-Code": "3"})
+        self.assertEqual(self.fetch(server, "/y").trailers, {"Exit-Code": "137"})
+
+    def test_a_program_that_is_missing_is_a_500(self) -> None:
+        text = self.folder / "text"
+        text.write_text("no program\n")
+        text.chmod(0o755)
+        server = self.serve(
+            {
+                "x": Command("no-such-program", pty=True),
+                "y": Command([str(text)], pty=True),
+                "z": Command("true", pty=True, cwd="/nowhere"),
+            }
+        )
+        for path, told in (("/x", "No such file"), ("/y", "needs a #! line"), ("/z", "in '/nowhere'")):
+            answer = self.fetch(server, path)
+            self.assertEqual((answer.status, told in answer.body.decode()), (500, True), answer.body)
+
+    def test_the_signals_are_as_a_program_expects_them(self) -> None:
+        script = "import signal; print(signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN)"  # Python ignores it itself
+        check = "!grep SigIgn /proc/self/status"
+        server = self.serve({"x": Command(check, pty=True), "y": Command([sys.executable, "-c", script], pty=True)})
+        self.assertEqual(int(self.fetch(server, "/x").body.split()[-1], 16), 0)
+
+    def test_a_client_that_leaves_hangs_up_and_ends_jobs_too(self) -> None:
+        bash = shutil.which("bash")
+        if not bash:
+            self.skipTest("bash is not installed")
+        server = self.serve({"x": taking("bash --norc -i", pty=True)}, grace_seconds=3.0)
+        with self.begin(server, "/x") as client:
+            client.read_head()
+            self.send(
+                client,
+                b"sleep 303 & (trap '' HUP TERM; exec sleep 304) & echo $$ $! started; nohup sleep 305 &\n",
+            )
+            said = b""
+            while b" started" not in said:
+                said += client.read_chunk() or b""
+        left = ["pgrep", "-f", "^sleep 30[345]$"]
+        wait_until(lambda: not subprocess.run(left, stdout=-1).stdout, "all of the session is gone", 8)
+
+    def test_control_characters_act_as_typed(self) -> None:
+        server = self.serve(
+            {
+                "x": taking(
+                    "sh -c 'trap \"echo caught; exit 4\" INT; echo ready; while :; do sleep 0.05; done'", pty=True
+                )
+            }
+        )
+        with self.begin(server, "/x") as client:
+            client.read_head()
+            self.assertEqual(client.read_chunk(), b"ready\n")
+            self.send(client, b"\x03")
+            answer = client.read_until(b"\r\n\r\n")
+        self.assertIn(b"caught\n", answer)
+        self.assertIn(b"Exit-Code: 4", answer)
+
+    def test_mistakes_are_told_at_start(self) -> None:
+        for options, told in (({"pty": "loud"}, "pty must be yes, no or echo"), ({"stdin": True}, None)):
+            with self.subTest(options=options):
+                if told:
+                    with self.assertRaisesRegex(ConfigError, told):
+                        Command("true", **options)
+                else:
+                    with self.assertRaisesRegex(ConfigError, "neither standard input nor a terminal"):
+                        Command(lambda: None, **options)
+        config = self.folder / "ini"
+        for line, told in (
+            ("pty = perhaps", "a switch is yes or no: 'perhaps'"),
+            ("stdin = 2", "a switch is yes or no"),
+        ):
+            config.write_text(f"[x]\ncommand = true\n{line}\n")
+            done = run_program("--check", "-c", str(config))
+            self.assertEqual((done.returncode, told in done.stderr), (2, True), done.stderr)
+        done = run_program("--terminal", "80", "true")
+        self.assertIn("--terminal must be COLUMNSxLINES, as in 80x24: '80'", done.stderr)
+
+    def test_no_terminal_is_left_open(self) -> None:
+        server = self.serve({"x": Command("echo x", pty=True), "no": Command("no-such-program", pty=True)})
+        for _ in range(20):
+            self.fetch(server, "/x")
+            self.fetch(server, "/no")  # setUp's check finds what is left
+
+    def test_a_terminal_is_written_and_ended_through_stream(self) -> None:
+        with streamlog.stream(taking("sh -i", pty=True, env={"PS1": "> "})) as run:
+            run.write(b"tty && echo $((2+2))\n")
+            said = b""
+            while b"4\n" not in said:
+                said += next(run)
+            run.close_stdin()
+            list(run)
+            self.assertEqual(run.exit_code, 0)
+
+
+class Buffering(ServerCase):
+    def test_check_says_why_a_command_may_be_silent(self) -> None:
+        done = run_program(
+            *(
+                "--check",
+                "a=!tail -F /x | grep y",
+                "b=!tail -F /x | grep y | cut -c1",
+                "c=!tail -F x | grep --line-buffered y",
+            ),
+            *("d=grep x /dev/stdin", "e=!grep a x || grep b x"),
+        )
+        notes = [line.strip() for line in done.stdout.splitlines() if "note:" in line or "/" in line[:8]]
+        told = "grep prints block by block where it is on no terminal: --line-buffered"
+        self.assertEqual(
+            [line for line in notes if line.startswith("note")],
+            [
+                f"note: {told}, or pty = yes",
+                f"note: {told}",
+                "note: cut prints block by block where it is on no terminal: stdbuf -oL, or pty = yes",
+                f"note: {told}, or pty = yes",
+                f"note: {told}, or pty = yes",
+            ],
+        )
+
+    def test_python_children_are_not_buffered(self) -> None:
+        server = self.serve({"x": Command([sys.executable, "-c", "import time; print('first'); time.sleep(60)"])})
+        with self.connect(server) as client:
+            client.get("/x")
+            client.read_head()
+            self.assertEqual(client.read_chunk(), b"first\n")
