@@ -603,6 +603,8 @@ class Command:
     _converts: Mapping[str, Callable[[str], object]] = dataclasses.field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.method is None:
+            object.__setattr__(self, "method", "POST" if self.stdin else "GET")
         self._check_options()
         found: list[Parameter] = []
         uses: list[tuple[Parameter, bool]]
@@ -639,7 +641,7 @@ class Command:
         object.__setattr__(self, "_uses", uses)
 
     def _check_options(self) -> None:
-        for option, known in (("method", (None, "GET", "POST")), ("stderr", (None, "merge", "separate", "discard"))):
+        for option, known in (("method", ("GET", "POST")), ("stderr", (None, "merge", "separate", "discard"))):
             if getattr(self, option) not in known:
                 raise ConfigError(f"{option} must be {' or '.join(filter(None, known))}: {getattr(self, option)!r}")
         if self.pty not in (False, True, "echo"):
@@ -667,9 +669,8 @@ class Command:
     @property
     def methods(self) -> Sequence[str]:
         """The methods that it is run by."""
-        if not self.stdin:
-            return (self.method or "GET",)
-        return ("GET", "POST", "PUT") if self.method == "GET" else ("POST", "PUT")
+        methods = (self.method or "", "POST", "PUT") if self.stdin else (self.method or "",)
+        return tuple(dict.fromkeys(methods))
 
     @property
     def is_shell(self) -> bool:

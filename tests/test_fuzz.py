@@ -233,7 +233,7 @@ def receive(data: bytes, ends: Sequence[int]) -> object:
         for stop in ends:
             head = streamlog._find_head(bytearray(data[:stop]), start)
             if head:
-                return dataclasses.astuple(streamlog._parse_head(data[:head]))
+                return dataclasses.astuple(streamlog._parse_head(data[:head]))[: len(Head._fields)]
             start = stop
     except Error as error:
         assert 400 <= error.status < 600

@@ -131,7 +131,8 @@ class Bodies(InputCase):
                 sender.join()
 
     def test_a_client_that_aborts_its_upload_ends_the_run_without_an_end_of_file(self) -> None:
-        server = self.serve({"x": taking(f"!echo $$; cat > {self.folder}/got && touch {self.folder}/done")})
+        got = self.folder / "got"
+        server = self.serve({"x": taking(f"!echo $$; cat > {got} && touch {self.folder}/done")})
         for start, part in (
             (("Content-Length: 100",), b"x" * 50),
             (("Transfer-Encoding: chunked",), b"32\r\n" + b"x" * 50 + b"\r\n"),
@@ -142,7 +143,7 @@ class Bodies(InputCase):
                     client.read_head()
                     (pid,) = pids_in(client.read_chunk() or b"")
                     client.send(part)
-                    wait_until(lambda: (self.folder / "got").stat().st_size, "it has some of it")
+                    wait_until(lambda: got.exists() and got.stat().st_size, "it has some of it")
                     if way == "reset":
                         client.reset()
                     elif way == "half":
@@ -151,7 +152,7 @@ class Bodies(InputCase):
                         client.sock.close()
                     wait_until(lambda pid=pid: not is_alive(pid), "it is gone", 5)  # type: ignore[misc]
                     self.assertFalse((self.folder / "done").exists())
-                (self.folder / "got").unlink()
+                got.unlink()
 
     def test_a_client_whose_command_does_not_read_is_seen_to_leave(self) -> None:
         server = self.serve({"x": taking("!echo $$; exec sleep 300")})
