@@ -118,7 +118,7 @@ import urllib.parse
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, Literal, NamedTuple, NoReturn, Optional, Union
 
 if TYPE_CHECKING:
@@ -1198,10 +1198,15 @@ class Options(NamedTuple):
     timestamps: bool = False
     hostname: str = ""  # to say where a line is from
     heartbeat_seconds: float = math.inf
+    offset: int = 0  # in the output, of the first byte that is fed
     title: str = ""
 
 
 _PLAIN = Options()
+
+
+def _skipped(count: int) -> str:
+    return f"[{count} bytes are no longer kept]"
 
 
 def _timestamp(moment: float) -> str:
@@ -1242,6 +1247,10 @@ class Format:
         self._heard = self._said = self._timer()
         return data
 
+    def skip(self, count: int) -> bytes:
+        """What is said of so many bytes of output that are left out here."""
+        return b""
+
     def pause(self) -> bytes:
         """What is said of a silence."""
         self._said = self._timer()
@@ -1278,6 +1287,9 @@ class Text(Format):
         prefix = "".join(f"{word} " for word in words if word).encode()
         body = data[:-1] if self._at_line_start else data
         return (prefix if starts_line else b"") + body.replace(b"\n", b"\n" + prefix) + data[len(body) :]
+
+    def skip(self, count: int) -> bytes:
+        return self._note(_skipped(count)) if self._options.notes != "never" else b""
 
     def pause(self) -> bytes:
         return self._note(self._still_running())
@@ -1351,6 +1363,14 @@ class _Lines(Format):
             lane.held += lane.decode(b"", True)
         return ("".join(map(self._flush, self._lanes)) + self._close(outcome)).encode()
 
+    def skip(self, count: int) -> bytes:
+        for lane in self._lanes.values():
+            lane.held += lane.decode(b"", True)
+        return ("".join(map(self._flush, self._lanes)) + self._leave_out(count)).encode()
+
+    def _leave_out(self, count: int) -> str:
+        raise NotImplementedError
+
     def _flush(self, stream: str) -> str:
         """Write what is there of an unfinished line."""
         lane = self._lanes[stream]
@@ -1374,6 +1394,9 @@ class Ndjson(_Lines):
         tail = ', "partial": true}\n' if is_partial else "}\n"
         return head + f"{tail}{head}".join(map(quote, lines)) + tail
 
+    def _leave_out(self, count: int) -> str:
+        return json.dumps({"time": self._stamp(), "skipped_bytes": count}) + "\n"
+
     def _close(self, outcome: Outcome) -> str:
         end: dict[str, object] = {"time": self._stamp(), "exit_code": outcome.exit_code}
         if self._options.hostname:
@@ -1391,11 +1414,14 @@ class Sse(_Lines):
     """Server-sent events (WHATWG HTML, section 9.2). An id is the number of bytes of output up to there."""
 
     comment_seconds = _SSE_COMMENT_SECONDS
-    _offset = 0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._offset = self._options.offset
 
     def start(self) -> bytes:
         # With an id from the start every reconnect of an EventSource has a Last-Event-ID, and starts nothing.
-        return b"id: 0\n\n"
+        return b"id: %d\n\n" % self._offset
 
     def pause(self) -> bytes:
         return super().pause() or b": still running\n\n"
@@ -1414,6 +1440,10 @@ class Sse(_Lines):
         for line, self._offset in zip(lines, ids):
             events.append(f"{event}id: {self._offset}\ndata: {line}\n\n")
         return "".join(events)
+
+    def _leave_out(self, count: int) -> str:
+        self._offset += count
+        return f"event: skipped\nid: {self._offset}\ndata: {count}\n\n"
 
     def _close(self, outcome: Outcome) -> str:
         stopped = f"event: stopped\ndata: {outcome.reason}\n\n" if outcome.reason else ""
@@ -1590,6 +1620,9 @@ class Html(Format):
         unfinished = _UNFINISHED.search(text, max(0, len(text) - _UNFINISHED_CHARACTERS))
         lane.held = unfinished[0] if unfinished else ""
         return self._advance(stream, text[: len(text) - len(lane.held)])
+
+    def skip(self, count: int) -> bytes:
+        return self._note("n", _skipped(count))
 
     def pause(self) -> bytes:
         return self._note("n", self._still_running())
@@ -1983,6 +2016,8 @@ class Run:
 
     def __init__(self, settings: Settings, timeout: Optional[float], release: _Release) -> None:
         self.outputs: dict[int, str] = {}  # streams, by the descriptors to read them from
+        self.stream = ""  # of what was read last
+        self.skipped_bytes = 0  # of output that was not kept for long enough to be read, before that
         self._exit_watch: Optional[int] = None  # a descriptor that turns readable when the run has ended
         self._settings = settings
         self._timeout = timeout
@@ -2061,6 +2096,7 @@ class Run:
     def read(self, descriptor: int, limit: int = _BLOCK_MAX_BYTES) -> bytes:
         """The next block of an output that is ready. Empty at its end, or when there was nothing after all."""
         owed = self._owed.get(descriptor, math.inf)
+        self.stream = self.outputs[descriptor]
         try:
             data = self._take(descriptor, int(min(self._block, owed, limit)))
         except BlockingIOError:
@@ -2429,6 +2465,63 @@ def stopping() -> bool:
     return task is not None and task.is_stopping
 
 
+class _View(Run):
+    """A run that only shows to one client what comes from elsewhere in this program.
+
+    Its output is a pipe, with a byte in it while there is something to be taken; closed on our side at the end.
+    """
+
+    def __init__(self, settings: Settings, timeout: Optional[float], release: _Release) -> None:
+        super().__init__(settings, timeout, release)
+        self._guard = threading.Lock()  # guards what follows, and what is to be taken
+        self._is_awake = False
+        try:
+            reader, self._waker = os.pipe()
+        except OSError as error:
+            raise _shortage(error) from None
+        os.set_blocking(reader, False)
+        self.outputs[reader] = "stdout"
+
+    def __str__(self) -> str:
+        return "a view"
+
+    def _wake(self) -> None:
+        """Tell the owner that there is something. To be called with the guard."""
+        if not self._is_awake and self._waker >= 0:
+            os.write(self._waker, b"\n")
+            self._is_awake = True
+
+    def _sleep(self, descriptor: int) -> None:
+        """Take that back, once nothing is left. To be called with the guard."""
+        if self._is_awake:
+            os.read(descriptor, 1)
+            self._is_awake = False
+
+    def _leave(self) -> None:
+        """Have nothing sent here any more. May be called twice."""
+        raise NotImplementedError
+
+    def _ask(self) -> None:
+        self._leave()
+        with self._guard:
+            self._close_waker()
+
+    _force = _ask
+
+    def _close_waker(self) -> None:
+        if self._waker >= 0:
+            os.close(self._waker)
+            self._waker = -1
+
+    def _reap(self) -> None:
+        self._set_exit_code(0)
+        self._finish()
+
+    def disown(self) -> None:
+        super().disown()
+        self._close_waker()
+
+
 class _Guest(logging.Handler):
     """A handler that a program does not notice among its own."""
 
@@ -2542,8 +2635,8 @@ class _Wanted(NamedTuple):
         return is_below and level >= self.level and (logger != _log.name or self.logger == _log.name)
 
 
-class _LogView(Run):
-    """A run that follows the program's log, for one viewer. Who does not keep up loses records, and is told so."""
+class _LogView(_View):
+    """The program's log, for one viewer. Who does not keep up loses records, and is told so."""
 
     def __init__(
         self, log: _ProgramLog, wanted: _Wanted, settings: Settings, timeout: Optional[float], release: _Release
@@ -2551,16 +2644,9 @@ class _LogView(Run):
         super().__init__(settings, timeout, release)
         self.wanted = wanted
         self._log = log
-        self._guard = threading.Lock()  # guards what follows
         self._queue: collections.deque[memoryview] = collections.deque()
         self._queued_bytes = 0
         self._lost = 0
-        try:
-            reader, self._waker = os.pipe()  # there is one byte in it while there is something in the queue
-        except OSError as error:
-            raise _shortage(error) from None
-        os.set_blocking(reader, False)
-        self.outputs[reader] = "stdout"
         try:
             log.attach(self)
         except RuntimeError as error:
@@ -2569,15 +2655,12 @@ class _LogView(Run):
         if not wanted.is_followed:
             self._ask()
 
-    def __str__(self) -> str:
-        return "a view of the log"
-
     def feed(self, lines: bytes, count: int) -> None:
         """Take in so many records, or lose them."""
         with self._guard:
             if self._lost or (self._queue and self._queued_bytes + len(lines) > _BEHIND_BYTES):
                 self._lost += count
-            elif lines and self._waker >= 0:
+            elif lines:
                 self._put(lines)
 
     def lose(self, count: int) -> None:
@@ -2585,46 +2668,28 @@ class _LogView(Run):
         self.feed(b"[%d records lost]\n" % count, count)
 
     def _put(self, lines: bytes) -> None:
-        if not self._queue:
-            os.write(self._waker, b"\n")
         self._queue.append(memoryview(lines))
         self._queued_bytes += len(lines)
+        self._wake()
 
     def _take(self, descriptor: int, size: int) -> bytes:
         with self._guard:
             if not self._queue:
                 return os.read(descriptor, 1)  # it is the end, or nothing is there yet
             block = self._queue.popleft()
-            if len(block) > size:
-                self._queue.appendleft(block[size:])
-            if not self._queue:
-                os.read(descriptor, 1)
             lines = bytes(block[:size])
             self._queued_bytes -= len(lines)
-            if not self._queue and self._lost and self._waker >= 0:
+            if len(block) > size:
+                self._queue.appendleft(block[size:])
+            elif self._lost and not self._queue:
                 self._put(b"[%d records lost]\n" % self._lost)
                 self._lost = 0
+            if not self._queue:
+                self._sleep(descriptor)
             return lines
 
-    def _ask(self) -> None:
+    def _leave(self) -> None:
         self._log.detach(self)
-        with self._guard:
-            self._close_waker()
-
-    _force = _ask
-
-    def _close_waker(self) -> None:
-        if self._waker >= 0:
-            os.close(self._waker)
-            self._waker = -1
-
-    def _reap(self) -> None:
-        self._set_exit_code(0)
-        self._finish()
-
-    def disown(self) -> None:
-        super().disown()
-        self._close_waker()
 
 
 def _find_logger(name: str) -> logging.Logger:
@@ -2799,12 +2864,19 @@ def _set_level(level: str, logger: str = "root") -> str:
 def _show_stacks() -> str:
     """Show what each thread is doing"""
     threads = {thread.ident: thread for thread in threading.enumerate()}
-    frames = sys._current_frames()
+    stacks: dict[int, list[tuple[str, int, str, None]]] = {}
+    for ident, top in sys._current_frames().items():  # they go on meanwhile: the source is looked up once all are noted
+        frame: Optional[FrameType] = top
+        stacks[ident] = []
+        while frame:
+            stacks[ident].append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, None))
+            frame = frame.f_back
+    del frame, top
     shown = []
-    for ident in sorted(frames, key=lambda ident: (ident != threading.main_thread().ident, ident)):
+    for ident in sorted(stacks, key=lambda ident: (ident != threading.main_thread().ident, ident)):
         thread = threads.get(ident)
         said = f"{thread.name}{' (daemon)' if thread.daemon else ''}" if thread else "(not started by threading)"
-        shown.append(f"{said}, thread {ident}\n" + "".join(traceback.format_stack(frames[ident])))
+        shown.append(f"{said}, thread {ident}\n" + "".join(traceback.format_list(stacks[ident][::-1])))
     return "\n".join(shown)
 
 
@@ -3963,10 +4035,12 @@ class _Handler(socketserver.BaseRequestHandler):
                 if self.server.is_killing:
                     run.kill()
             for descriptor in ready:
-                stream = run.outputs[descriptor]
                 data = run.read(descriptor, format_.block_bytes)
+                if run.skipped_bytes:
+                    self._write(format_.skip(run.skipped_bytes), is_chunked)
+                    run.skipped_bytes = 0
                 if data:
-                    self._write(format_.feed(stream, data), is_chunked)
+                    self._write(format_.feed(run.stream, data), is_chunked)
             if not is_paused and time.monotonic() >= format_.due:
                 self._write(format_.pause(), is_chunked)
 
@@ -4487,10 +4561,9 @@ class Stream(Iterator[bytes]):
 
     def _read(self, ready: Mapping[int, int]) -> None:
         for descriptor in ready:
-            stream = self._run.outputs[descriptor]
             data = self._run.read(descriptor, self._format.block_bytes)
             if data:
-                self._add(self._format.feed(stream, data))
+                self._add(self._format.feed(self._run.stream, data))
 
 
 def stream(command: _Given, /, **values: object) -> Stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import logging.config
@@ -332,6 +333,7 @@ class Stacks(InsightCase):
         logging.root.addHandler(handler)
         self.addCleanup(logging.root.removeHandler, handler)
         lock: Any = logging._lock  # type: ignore[attr-defined]
+        gc.collect()  # logging forgets a handler that is collected under its lock, in whatever thread that happens
         handler.acquire()
         lock.acquire()
         try:
