@@ -75,6 +75,7 @@ if os.name != "posix" or sys.version_info < (3, 9):  # said before an import bel
 
 import atexit
 import base64
+import bisect
 import codecs
 import collections
 import contextlib
@@ -117,7 +118,7 @@ import typing
 import urllib.parse
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, Literal, NamedTuple, NoReturn, Optional, Union
 
@@ -149,6 +150,12 @@ if TYPE_CHECKING:
         keepalive_seconds: int
         child_nofile: Optional[tuple[int, int]]
         terminal_size: tuple[int, int]
+        transcripts: str
+        transcript_bytes: int
+        transcripts_bytes: int
+        kept_runs: int
+        kept_seconds: float
+        linger_seconds: float
         insight: bool
         log: int
 
@@ -216,6 +223,12 @@ class Settings:
     keepalive_seconds: int = 15
     child_nofile: Optional[tuple[int, int]] = None  # (soft, hard) RLIMIT_NOFILE for commands; None: as ours
     terminal_size: tuple[int, int] = (80, 24)  # columns and lines, of a command that has a terminal
+    transcripts: str = ""  # the folder that kept runs are recorded in; "": TMPDIR, or /var/tmp
+    transcript_bytes: int = 16 << 20  # of one run's output, the newest
+    transcripts_bytes: int = 256 << 20  # of all
+    kept_runs: int = 100  # that have ended, and for so long after that
+    kept_seconds: float = 3600.0
+    linger_seconds: float = 5.0  # that a shared run goes on for without a viewer
     insight: bool = True  # serve /log, /stacks and /level of this program
     log: int = 0  # bytes of this program's newest records that are kept for /log; 0: none
 
@@ -582,8 +595,9 @@ class Command:
         or for one that takes input POST. timeout: seconds, 0 for no limit, None for the server's. max: runs at a
         time, or None. stderr: merge, separate or discard; None: merge in text, where order counts, and separate in
         the formats that tell it apart. stdin: whether the body of a POST or PUT is its standard input. pty: whether
-        it runs on a terminal; "echo": on one that echoes its input, and turns the ends of lines into CRLF. cwd: the
-        directory to run in. env: variables to add. type: the Content-Type of the output.
+        it runs on a terminal; "echo": on one that echoes its input, and turns the ends of lines into CRLF. shared:
+        whether a client joins the run that goes on with the same values. cwd: the directory to run in. env:
+        variables to add. type: the Content-Type of the output.
     """
 
     command: Union[str, Sequence[str], Callable[..., object]]
@@ -594,6 +608,7 @@ class Command:
     stderr: Optional[str] = None
     stdin: bool = False
     pty: _Pty = False
+    shared: bool = False
     cwd: Optional[str] = None
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     type: str = _PLAIN_TEXT
@@ -648,6 +663,8 @@ class Command:
             raise ConfigError(f"pty must be yes, no or echo: {self.pty!r}")
         if self.is_task and (self.stdin or self.pty):
             raise ConfigError("a task has neither standard input nor a terminal")
+        if self.shared and self.stdin:
+            raise ConfigError("a command that is shared takes no input: whose would it be?")
         if self.timeout is not None and not 0 <= self.timeout < math.inf:
             raise ConfigError(f"timeout must be a number of seconds, or 0 for no limit: {self.timeout!r}")
         if self.max is not None and self.max < 1:
@@ -779,6 +796,7 @@ _OPTIONS: Mapping[str, Callable[[str], object]] = {
     "max": int,
     "stderr": str,
     "stdin": _read_switch,
+    "shared": _read_switch,
     "pty": lambda text: "echo" if text == "echo" else _read_switch(text),
     "cwd": str,
     "env": lambda text: dict(_parse_variable(line) for line in text.splitlines() if line.strip()),
@@ -1159,6 +1177,9 @@ _CLIENT_GONE = "client gone"
 _CLIENT_STALLED = "client stalled"
 _SHUTTING_DOWN = "the server is shutting down"
 _FORKED = "it is another process's"
+_OVERTAKEN = "what was asked for is no longer kept"
+_UNWATCHED = "nobody watches it any more"
+_ASKED = "on request"
 _KINDS = {
     _CLIENT_GONE: "client_gone",
     _CLIENT_STALLED: "client_stalled",
@@ -1175,6 +1196,7 @@ class Outcome(NamedTuple):
     reason: str
     seconds: float
     signal: Optional[int] = None
+    is_known: bool = True  # not where only a part of what it has put out was asked for
 
     @property
     def kind(self) -> str:
@@ -1186,6 +1208,8 @@ class Outcome(NamedTuple):
     @property
     def note(self) -> str:
         """The end, as a line for people."""
+        if not self.is_known:
+            return "[not the end]"
         said = f"stopped: {self.reason}" if self.reason else f"exit {self.exit_code}"
         return f"[{said}, {self.seconds:.1f} s]"
 
@@ -1361,7 +1385,7 @@ class _Lines(Format):
     def end(self, outcome: Outcome) -> bytes:
         for lane in self._lanes.values():
             lane.held += lane.decode(b"", True)
-        return ("".join(map(self._flush, self._lanes)) + self._close(outcome)).encode()
+        return ("".join(map(self._flush, self._lanes)) + (self._close(outcome) if outcome.is_known else "")).encode()
 
     def skip(self, count: int) -> bytes:
         for lane in self._lanes.values():
@@ -1773,6 +1797,10 @@ def _shortage(error: OSError) -> Error:
     return Error(f"the machine is short of resources ({error.strerror}): try again later", 503, {"Retry-After": "1"})
 
 
+def _busy(what: str) -> Error:
+    return Error(f"{what}: try again when one has ended", 503, {"Retry-After": "1"})
+
+
 def _start_error(launch: Launch, error: Exception) -> Error:
     if isinstance(error, OSError) and error.errno in _SHORTAGES:
         return _shortage(error)
@@ -2109,13 +2137,16 @@ class Run:
             self._close_output(descriptor)
         elif len(data) == self._block < _BLOCK_MAX_BYTES:
             self._block *= 2
-            if _SET_PIPE_SIZE is not None:
-                with contextlib.suppress(OSError):  # the user's share of pipe memory may be spent
-                    fcntl.fcntl(descriptor, _SET_PIPE_SIZE, self._block)
+            self._widen(descriptor)
         elif len(data) < self._block // 4:
             self._block = max(_BLOCK_MIN_BYTES, self._block // 2)
         surplus = int(max(0, -self._left_bytes))
         return data[: max(0, len(data) - surplus)] if surplus else data
+
+    def _widen(self, descriptor: int) -> None:
+        if _SET_PIPE_SIZE is not None:
+            with contextlib.suppress(OSError):  # the user's share of pipe memory may be spent
+                fcntl.fcntl(descriptor, _SET_PIPE_SIZE, self._block)
 
     def _take(self, descriptor: int, size: int) -> bytes:
         """Up to so many bytes of an output. Raises BlockingIOError where there is nothing yet."""
@@ -2485,6 +2516,9 @@ class _View(Run):
     def __str__(self) -> str:
         return "a view"
 
+    def _widen(self, descriptor: int) -> None:
+        pass  # there is only a byte in it
+
     def _wake(self) -> None:
         """Tell the owner that there is something. To be called with the guard."""
         if not self._is_awake and self._waker >= 0:
@@ -2586,6 +2620,487 @@ class _Records(_Guest):
 
 
 _records = _Records()
+
+
+# ---------------------------------------------------------------------------------------------
+# kept runs: what a run has put out, on disk, for any number of clients at any place in it
+
+# Room that a transcript has from the start, so that a disk that fills up, or others that take all that there is for
+# transcripts, leave it the newest output at least.
+_TRANSCRIPT_MIN_BYTES = 64 * 1024
+_CHANGES_MAX = 16 * 1024  # of stream, in what is kept of a run: each is remembered
+_TAIL_BLOCK_BYTES = 64 * 1024
+
+
+class Transcript:
+    """What a run has put out: one writes, any number read, each at its own place. Offsets count bytes of output.
+
+    It is a ring in a file without a name: the byte at an offset is at the offset modulo the ring's size. The newest are
+    kept; `start` is the offset of the oldest that is. The writer never waits for a reader: one who is overtaken is told
+    where it goes on.
+    """
+
+    def __init__(self, size: int, folder: str, grow: Callable[[int], bool]) -> None:
+        import tempfile
+
+        self._grow = grow  # asks for more room, in bytes
+        self._size = max(size, _TRANSCRIPT_MIN_BYTES)
+        self._lock = threading.Lock()  # guards what follows
+        self.start = self.end = 0
+        self.outcome: Optional[Outcome] = None
+        self._room = _TRANSCRIPT_MIN_BYTES  # what it may use of the disk
+        self._changes = [0]  # offsets at which the stream changes, and to which
+        self._streams = ["stdout"]
+        self._waiting: set[_Replay] = set()
+        if not grow(_TRANSCRIPT_MIN_BYTES):
+            raise _busy("there is no room for another transcript")
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed by `close`)
+            self._file.write(bytes(_TRANSCRIPT_MIN_BYTES))
+        except OSError as error:
+            grow(-_TRANSCRIPT_MIN_BYTES)
+            why = f"cannot keep a transcript in {folder!r} ({error.strerror})"
+            raise Error(
+                f"{why}: make room, or set another folder with --transcripts", 503, {"Retry-After": "1"}
+            ) from None
+
+    def write(self, stream: str, data: bytes) -> None:
+        """Add output, and wake who waits for it. What the disk does not take is left out, and the run goes on."""
+        end = self.end + len(data)
+        if self._room < min(end, self._size) and not self._grow(min(end, self._size) - self._room):
+            self._size = self._room
+        self._room = max(self._room, min(end, self._size))
+        with self._lock:
+            if self._streams[-1] != stream:
+                self._changes.append(self.end)
+                self._streams.append(stream)
+            self._forget(end - self._size)
+        try:
+            self._put(max(self.end, end - self._size), data[-self._size :])
+        except OSError as error:
+            _log.warning("a transcript cannot be written (%s): the newest %d bytes are kept", error.strerror, self.end)
+            self._shrink(end)
+        with self._lock:
+            self.end = end
+            self._wake()
+
+    def _shrink(self, end: int) -> None:
+        """Do with what the disk has taken, from here on; what it has not taken now is lost."""
+        if self.end < self._size:
+            self._grow(self._room - max(self.end, _TRANSCRIPT_MIN_BYTES))
+            self._size = self._room = max(self.end, _TRANSCRIPT_MIN_BYTES)
+        with self._lock:
+            self._forget(end)
+
+    def _put(self, offset: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            at = offset % self._size
+            count = os.pwrite(self._file.fileno(), view[: self._size - at], at)
+            offset, view = offset + count, view[count:]
+
+    def _forget(self, start: int) -> None:
+        """Keep nothing from before an offset. To be called with the lock."""
+        if len(self._changes) > _CHANGES_MAX:
+            start = max(start, self._changes[_CHANGES_MAX // 2])
+        self.start = max(self.start, start)
+        if len(self._changes) > 1 and self._changes[1] <= self.start:
+            passed = bisect.bisect_right(self._changes, self.start) - 1
+            del self._changes[:passed], self._streams[:passed]
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, set()
+        for view in waiting:
+            view.wake()
+
+    def finish(self, outcome: Outcome) -> None:
+        """Say how the run has ended: nothing more will come."""
+        with self._lock:
+            self.outcome = outcome
+            self._wake()
+
+    def read(self, offset: int, limit: int) -> tuple[int, str, bytes]:
+        """Output from an offset on, of one stream: the offset of its first byte, which is later if that is no longer
+        kept, the stream, and the bytes; none at the end."""
+        while True:
+            with self._lock:
+                at = max(offset, self.start)
+                index = bisect.bisect_right(self._changes, at)
+                stop = min([*self._changes[index : index + 1], self.end, at + limit])
+                stream = self._streams[index - 1]
+            data = self._get(at, stop - at) if stop > at else b""
+            if at >= self.start:  # or else it was overwritten meanwhile
+                return at, stream, data
+
+    def _get(self, offset: int, count: int) -> bytes:
+        at = offset % self._size
+        data = os.pread(self._file.fileno(), min(count, self._size - at), at)
+        return data + os.pread(self._file.fileno(), count - len(data), 0) if len(data) < count else data
+
+    def wait(self, view: _Replay, offset: float) -> bool:
+        """Wake a view when there is something behind an offset, or the end; whether it has to wait for that."""
+        with self._lock:
+            has_to = self.end <= offset and self.outcome is None
+            if has_to:
+                self._waiting.add(view)
+            return has_to
+
+    def forget_view(self, view: _Replay) -> None:
+        """Wake a view no more."""
+        with self._lock:
+            self._waiting.discard(view)
+
+    def find_tail(self, lines: int) -> int:
+        """The offset of the last lines, or of the oldest one that is kept."""
+        stop = self.end
+        count = lines + self._get(stop - 1, 1).endswith(b"\n") if stop > self.start else 0
+        while stop > self.start and count:
+            at = max(self.start, stop - _TAIL_BLOCK_BYTES)
+            block = self._get(at, stop - at)
+            while count:
+                found = block.rfind(b"\n", 0, stop - at)
+                if found < 0:
+                    break
+                stop, count = at + found, count - 1
+            else:
+                return max(self.start, stop + 1)
+            stop = at
+        return max(self.start, stop)
+
+    def close(self) -> None:
+        """Give its room back. May be called twice."""
+        room, self._room = self._room, 0
+        self._grow(-room)
+        self._file.close()
+
+
+class Kept:
+    """A run that may outlive its client, with its transcript. A thread of its own reads the one into the other."""
+
+    def __init__(
+        self, name: str, command: Command, values: Mapping[str, str], linger_seconds: float = math.inf
+    ) -> None:
+        self.id = base64.urlsafe_b64encode(os.urandom(16)).decode().rstrip("=")
+        self.name = name
+        self.command = command
+        self.values = values
+        self.linger_seconds = linger_seconds  # that it goes on for without a view; 0: it is its client's alone
+        self.started_at = time.time()
+        self.ended_at: Optional[float] = None
+        self.transcript: Transcript
+        self.run: Run
+        self.thread: threading.Thread
+        self.lock = threading.Lock()  # guards what follows
+        self.views = 0
+        self.is_dropped = False
+        self._left_at = time.monotonic()  # when the last view has gone
+        self._wakes, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
+
+    def start(self, shelf: _Shelf, run: Run) -> None:
+        """Read the run out, in a thread. Raises RuntimeError if none can be had."""
+        self.run = run
+        self.thread = threading.Thread(target=self._record, args=(shelf,), daemon=True, name=f"streamlog-kept {run}")
+        self.thread.start()
+
+    def _record(self, shelf: _Shelf) -> None:
+        run = self.run
+        try:
+            while not run.is_over:
+                with self.lock:
+                    deadline = math.inf if self.views else self._left_at + self.linger_seconds
+                ready = run.wait({self._wakes: select.POLLIN}, deadline=math.inf if run.reason else deadline)
+                if ready.pop(self._wakes, 0):
+                    os.read(self._wakes, 1024)
+                elif time.monotonic() >= deadline:
+                    run.stop(_UNWATCHED)
+                for descriptor in ready:
+                    data = run.read(descriptor)
+                    if data:
+                        self.transcript.write(run.stream, data)
+        except Exception:
+            _log.exception("a bug: kept run of %s", self.name)
+        finally:
+            run.close()
+            with self.lock:
+                os.close(self._wakes)
+                os.close(self._waker)
+                self._wakes = self._waker = -1
+                self.ended_at = time.time()
+            self.transcript.finish(run.outcome)
+            shelf.end(self)
+
+    def stop(self, reason: str) -> None:
+        """Ask it to end. Any thread may; its own is woken, to look after the grace time."""
+        self.run.stop(reason)
+        self._wake()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.run.stop(_SHUTTING_DOWN)
+        self.run.kill()
+        self._wake()
+
+    def _wake(self) -> None:
+        with self.lock, contextlib.suppress(BlockingIOError):
+            if self._waker >= 0:
+                os.write(self._waker, b"\n")
+
+    def enter(self) -> None:
+        """Count a view."""
+        with self.lock:
+            self.views += 1
+
+    def leave(self) -> None:
+        """Count a view that has gone."""
+        with self.lock:
+            self.views -= 1
+            self._left_at = time.monotonic()
+            is_last = not self.views and self.is_dropped
+        if is_last:
+            self.transcript.close()
+        else:
+            self._wake()
+
+    def drop(self) -> None:
+        """Give the transcript up, once nobody looks at it."""
+        with self.lock:
+            is_unused = not self.views and not self.is_dropped
+            self.is_dropped = True
+        if is_unused:
+            self.transcript.close()
+
+    @property
+    def key(self) -> tuple[str, frozenset[tuple[str, str]]]:
+        """What another run must have in common with it, for both to be one."""
+        return self.name, frozenset(self.values.items())
+
+    @property
+    def state(self) -> dict[str, object]:
+        """What there is to say of it, as JSON has it. Times are RFC 3339, sizes are in bytes."""
+        outcome, transcript = self.transcript.outcome, self.transcript
+        return {
+            "id": self.id,
+            "command": self.name,
+            "values": dict(self.values),
+            "state": "ended" if outcome else "running",
+            "started": _timestamp(self.started_at),
+            "ended": _timestamp(self.ended_at) if outcome and self.ended_at else None,
+            "seconds": round((outcome.seconds if outcome else time.time() - self.started_at), 3),
+            "exit_code": outcome.exit_code if outcome else None,
+            "signal": outcome.signal if outcome else None,
+            "reason": (outcome.reason or "exit") if outcome else None,
+            "bytes": transcript.end,
+            "first_byte": transcript.start,
+        }
+
+
+class _Replay(_View):
+    """What a kept run has put out, and goes on to, from an offset on: to its end, or to the offset `stop`."""
+
+    def __init__(self, kept: Kept, offset: int, stop: Optional[int], settings: Settings) -> None:
+        super().__init__(settings, None, lambda: None)
+        self._kept = kept
+        self._offset = offset
+        self._stop = math.inf if stop is None else stop
+        self._has_left = False
+        kept.enter()
+        self.wake()
+
+    def wake(self) -> None:
+        """Look again: there is more, or the end."""
+        with self._guard:
+            self._wake()
+
+    def wait_for_end(self, others: Mapping[int, int]) -> dict[int, int]:
+        """Wait until the kept run has ended, or another descriptor is ready; which are."""
+        while self._kept.transcript.outcome is None:
+            (reader,) = self.outputs
+            with self._guard:
+                self._sleep(reader)
+            if self._kept.transcript.wait(self, math.inf):
+                ready = _poll({reader: select.POLLIN, **others})
+                if ready.keys() - {reader}:
+                    return ready
+        self.wake()
+        return {}
+
+    def _take(self, descriptor: int, size: int) -> bytes:
+        transcript = self._kept.transcript
+        while True:
+            at, self.stream, data = transcript.read(self._offset, int(min(size, self._stop - self._offset)))
+            self.skipped_bytes += max(0, at - self._offset)
+            self._offset = at + len(data)
+            if data or self._offset >= self._stop or self._waker < 0:
+                return data
+            with self._guard:
+                self._sleep(descriptor)
+            if transcript.wait(self, self._offset):
+                raise BlockingIOError
+            if transcript.outcome and transcript.end <= self._offset:
+                return b""
+            self.wake()
+
+    def _leave(self) -> None:
+        self._kept.transcript.forget_view(self)
+        with self._guard:
+            has_left, self._has_left = self._has_left, True
+        if not has_left:
+            self._kept.leave()
+
+    def _finish(self) -> None:
+        self._ask()
+        super()._finish()
+
+    @property
+    def outcome(self) -> Outcome:
+        """How the kept run has ended, if this goes to its end."""
+        kept = self._kept.transcript.outcome
+        if self.reason or kept is None or self._stop < math.inf:
+            return Outcome(0, self.reason, self.seconds, is_known=bool(self.reason))
+        return kept
+
+
+class _Shelf:
+    """The kept runs of a site, and what bounds them: bytes on disk, ended ones, and their age."""
+
+    def __init__(self, settings: Settings, on_end: Callable[[Kept], None]) -> None:
+        self._settings = settings
+        self._on_end = on_end
+        self._lock = threading.RLock()  # guards the rest
+        self._kept: dict[str, Kept] = {}  # by id, the oldest first
+        self._shared: dict[tuple[str, frozenset[tuple[str, str]]], Kept] = {}  # that go on, by command and values
+        self._used_bytes = 0
+        self._is_closed = False
+
+    def keep(self, kept: Kept, make: Callable[[], Run]) -> Kept:
+        """Start a run and keep it. Raises Error."""
+        settings = self._settings
+        try:
+            kept.transcript = Transcript(settings.transcript_bytes, _transcript_folder(settings), self._grow)
+            try:
+                run = make()
+                try:
+                    with self._lock:
+                        if self._is_closed:
+                            raise _busy(_SHUTTING_DOWN)
+                        self._kept[kept.id] = kept
+                    kept.start(self, run)
+                except BaseException:
+                    self._kept.pop(kept.id, None)
+                    run.close()
+                    raise
+            except BaseException:
+                kept.transcript.close()
+                raise
+        except RuntimeError as error:
+            raise _shortage(OSError(errno.EAGAIN, str(error))) from None
+        return kept
+
+    def share(self, kept: Kept, make: Callable[[], Run]) -> Kept:
+        """The run of a command with these values that goes on, or else a new one. It is entered: `leave` it."""
+        with self._lock:
+            found = self.find_shared(kept.name, kept.values)
+            if found:
+                found.enter()
+                return found
+            kept.enter()
+            self._shared[kept.key] = self.keep(kept, make)
+            return kept
+
+    def find_shared(self, name: str, values: Mapping[str, str]) -> Optional[Kept]:
+        """The shared run of a command with these values, if one goes on."""
+        found = self._shared.get((name, frozenset(values.items())))
+        return found if found and not found.run.reason and not found.ended_at else None
+
+    def end(self, kept: Kept) -> None:
+        """Take note of a run that has ended."""
+        self._on_end(kept)
+        with self._lock:
+            if self._shared.get(kept.key) is kept:
+                del self._shared[kept.key]
+            if not kept.linger_seconds:
+                self._drop(kept)
+        self.expire()
+
+    def find(self, id_: str) -> Kept:
+        """The kept run of an id. Raises Error."""
+        if not re.fullmatch(r"[A-Za-z0-9_-]{22}", id_):
+            raise Error("there is no such run: an id has 22 letters, digits, '-' and '_'", 404)
+        self.expire()
+        kept = self._kept.get(id_)
+        if kept is None:
+            raise Error("that run is no longer kept, or was another server's: /-/runs has those that are", 410)
+        return kept
+
+    def list(self) -> list[Kept]:
+        """The kept runs, the newest first."""
+        self.expire()
+        with self._lock:
+            return [kept for kept in self._kept.values() if kept.linger_seconds][::-1]
+
+    def expire(self) -> None:
+        """Drop those that have ended and are too old, or too many."""
+        with self._lock:
+            ended = [kept for kept in self._kept.values() if kept.ended_at]
+            surplus = len(ended) - self._settings.kept_runs
+            for at, kept in enumerate(ended):
+                if at < surplus or time.time() - (kept.ended_at or 0) > self._settings.kept_seconds:
+                    self._drop(kept)
+
+    def _drop(self, kept: Kept) -> None:
+        del self._kept[kept.id]
+        kept.drop()
+
+    def _grow(self, count: int) -> bool:
+        """Take more room for a transcript, if need be from the oldest that has ended; whether there is."""
+        with self._lock:
+            ended = (kept for kept in list(self._kept.values()) if kept.ended_at and not kept.views)
+            while count > 0 and self._used_bytes + count > self._settings.transcripts_bytes:
+                oldest = next(ended, None)
+                if oldest is None:
+                    return False
+                self._drop(oldest)
+            self._used_bytes += count
+            return True
+
+    def shutdown(self) -> None:
+        """Stop every run, and take no more."""
+        self._is_closed = True
+        for kept in list(self._kept.values()):
+            kept.stop(_SHUTTING_DOWN)
+
+    def kill(self) -> None:
+        """End every run at once."""
+        for kept in list(self._kept.values()):
+            kept.kill()
+
+    def join(self, deadline: float) -> bool:
+        """Wait for the runs to end; whether they have in time."""
+        threads = [kept.thread for kept in list(self._kept.values())]
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
+
+    def close(self) -> None:
+        """Drop all transcripts."""
+        with self._lock:
+            for kept in list(self._kept.values()):
+                self._drop(kept)
+
+    def disown(self) -> None:
+        """Let go of all descriptors, in a process that was forked off."""
+        for kept in self._kept.values():
+            kept.run.disown()
+            kept.transcript.close()
+        self._kept.clear()
+
+
+def _transcript_folder(settings: Settings) -> str:
+    """Where transcripts are kept: /tmp is in memory on many machines, and /var/tmp is not (file-hierarchy(7))."""
+    return (
+        settings.transcripts or os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else "/tmp")
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2886,9 +3401,9 @@ def _show_stacks() -> str:
 # What a browser says of a request that nobody has asked for yet: it fetches a page ahead, in case it is.
 _AHEAD_HEADERS = ("sec-purpose", "purpose", "x-purpose", "x-moz")
 _CORS_HEADERS = {
-    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, OPTIONS",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
-    "Access-Control-Expose-Headers": "Retry-After",
+    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID, Prefer, Range",
+    "Access-Control-Expose-Headers": "Retry-After, Location, Exit-Code, Content-Range",
     "Access-Control-Max-Age": "600",
 }
 
@@ -3000,7 +3515,11 @@ class Access:
 # site: a request to a reply. Knows nothing of sockets
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-_SERVER_OPTIONS = ("format", "footer", "timestamps", "hostname", "heartbeat")
+_FORMAT_OPTIONS = ("format", "footer", "timestamps", "hostname", "heartbeat")
+_SERVER_OPTIONS = (*_FORMAT_OPTIONS, "tail", "wait", "async")
+_REPLAY_OPTIONS = (*_FORMAT_OPTIONS, "tail", "wait", "follow")
+# Where a range has no end yet a very large one is said (RFC 8673 section 2.2).
+_RANGE_MAX = 1 << 53
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _NDJSON_TYPES = frozenset({"application/x-ndjson", "application/jsonl", "application/json"})
 
@@ -3013,7 +3532,9 @@ class Reply(NamedTuple):
     body: bytes = b""
     run: Optional[Run] = None
     format: Optional[Format] = None
-    name: str = ""  # the command's
+    name: str = ""  # the command's; empty where the run is counted elsewhere
+    length: Optional[int] = None  # of the output, in bytes, where that is known
+    later: Optional[Callable[[], Reply]] = None  # what this is to be once the kept run has ended
 
 
 def _text_reply(text: str, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
@@ -3070,6 +3591,7 @@ header { grid-area: top; padding: .6rem 1rem; border-bottom: 1px solid var(--lin
 main { grid-area: list; overflow: auto; padding: 0 1rem }
 aside { grid-area: view; border-top: 1px solid var(--line); min-height: 0 }
 iframe { display: block; width: 100%; height: 100%; border: 0 }
+iframe.runs { height: 12rem }
 h1 { font-size: 1.15rem; margin: 0 }
 h2 { font-size: 1rem; margin: 0 }
 p { margin: .15rem 0 }
@@ -3117,11 +3639,34 @@ _FORM = """
 <form action="NAME" method="METHOD" target="view">FIELDS
 <div class="row"><button class="start" aria-label="Start NAME">Start</button>
 <button formaction="-/idle" formmethod="get" formnovalidate aria-label="Stop NAME">Stop</button>
-<button formtarget="_blank" aria-label="Open NAME in its own tab">Own tab</button></div></form>"""
+<button formtarget="_blank" aria-label="Open NAME in its own tab">Own tab</button>KEEP</div></form>"""
+_KEEP = """
+<button name="async" value="1" aria-label="Start NAME in the background">Background</button>"""
+_RUNS_FRAME = """<section aria-labelledby="-runs"><h2 id="-runs">Runs that are kept</h2>
+<iframe class="runs" title="Runs that are kept" src="-/runs"></iframe></section>
+"""
 _IDLE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Idle</title><link rel="icon" href="data:,">
 <style>STYLE</style></head>
 <body><p>Nothing is running here. Start a command to see its output.</p></body></html>
+"""
+_RUNS = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Runs</title><link rel="icon" href="data:,">
+<meta http-equiv="refresh" content="3"><style>STYLE</style></head>
+<body>RUNS</body></html>
+"""
+_RUN = """<p><a href="runs/ID?format=html" target="view">WHAT</a> <span>SINCE, STATE, BYTES bytes</span>STOP</p>
+"""
+_STOP = """
+<form action="runs/ID" method="post"><button aria-label="Stop WHAT">Stop</button></form>"""
+_RUNS_STYLE = """
+body { font: .85rem/1.4 system-ui, sans-serif; margin: 0; background: var(--page); color: var(--text) }
+p { margin: .2rem 0 }
+a { color: var(--accent); overflow-wrap: anywhere }
+span { color: var(--soft) }
+form { display: inline }
+button { font: inherit; background: var(--page); color: var(--text); border: 1px solid var(--soft);
+  border-radius: .3rem; cursor: pointer }
 """
 _IDLE_STYLE = "body { font: 1rem system-ui, sans-serif; padding: 1rem; background: var(--page); color: var(--soft) }"
 
@@ -3162,9 +3707,11 @@ def _read_options(command: Command, request: Request, given: Mapping[str, str]) 
         raise Error(f"parameter 'format' must be {', '.join(_FORMATS)}: {given['format'][:200]!r}")
     if not command.is_plain_text and given.get("format", "text") != "text":
         raise Error(f"parameter 'format' is of no use: the output is {command.type} as it is")
-    for switch in ("footer", "timestamps", "hostname"):
+    for switch in ("footer", "timestamps", "hostname", "wait", "async", "follow"):
         if given.get(switch, "1") not in ("", "0", "1"):
             raise Error(f"parameter {switch!r} must be 0 or 1: {given[switch][:200]!r}")
+    if not re.fullmatch(r"[0-9]{1,9}", given.get("tail", "0")):
+        raise Error(f"parameter 'tail' must be a number of lines: {given['tail'][:200]!r}")
     heartbeat = given.get("heartbeat", "")
     if "heartbeat" in given and not re.fullmatch(r"[1-9][0-9]{0,4}|0\.[1-9]", heartbeat):
         raise Error(f"parameter 'heartbeat' must be seconds, from 0.1 to 99999: {heartbeat[:200]!r}")
@@ -3175,10 +3722,6 @@ def _read_options(command: Command, request: Request, given: Mapping[str, str]) 
         notes = "never" if given["footer"] == "0" else "always"
     hostname = socket.gethostname() if given.get("hostname", "0") != "0" else ""
     return Options(format_, notes, given.get("timestamps", "0") != "0", hostname, float(heartbeat or "inf"))
-
-
-def _busy(what: str) -> Error:
-    return Error(f"{what}: try again when one has ended", 503, {"Retry-After": "1"})
 
 
 # A regular expression that means the same to Python and to a browser, which reads it with the flag v: sets, escapes,
@@ -3224,11 +3767,19 @@ def _form_fields(command: Command) -> Iterator[str]:
             yield f"<label>{name}<input {written}{required}></label>"
 
 
-def _index_page(target: _Target, commands: Mapping[str, Command]) -> Reply:
-    """The commands as a page: a form for each and a frame for the output, without a script."""
+def _form(command: Command, can_keep: bool) -> str:
+    """The template of a command's form, if one can send what it takes."""
+    if command.stdin and "GET" not in command.methods:
+        return ""
+    return _FORM.replace("KEEP", _KEEP if can_keep and "async" not in command.parameters else "")
+
+
+def _index_page(target: _Target, commands: Mapping[str, Command], keeps: Container[str]) -> Reply:
+    """The commands as a page: a form for each and a frame for the output, without a script. `keeps`: those whose runs
+    can be kept."""
     sections = [
         _fill(
-            _COMMAND.replace("FORM", "" if command.stdin and "GET" not in command.methods else _FORM),
+            _COMMAND.replace("FORM", _form(command, name in keeps)),
             {
                 "NAME": name,
                 "POST": '<span class="post">POST</span>' if "GET" not in command.methods else "",
@@ -3241,7 +3792,7 @@ def _index_page(target: _Target, commands: Mapping[str, Command]) -> Reply:
         )
         for name, command in commands.items()
     ]
-    parts = {"HOST": html.escape(socket.gethostname()), "COMMANDS": "".join(sections)}
+    parts = {"HOST": html.escape(socket.gethostname()), "COMMANDS": "".join(sections) + (_RUNS_FRAME if keeps else "")}
     return _page_reply(_INDEX, _COLOURS + _INDEX_STYLE, parts)
 
 
@@ -3279,6 +3830,90 @@ def _index_text(target: _Target, commands: Mapping[str, Command]) -> str:
     return "\n".join(lines)
 
 
+def _output_headers(command: Command, options: Options) -> dict[str, str]:
+    """What is said of output as a format writes it."""
+    headers = {"Content-Type": _FORMATS[options.format][1] if command.is_plain_text else command.type, "Vary": "Accept"}
+    if options.format == "html":
+        headers["Content-Security-Policy"] = _VIEW_POLICY
+    return headers
+
+
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _is_on(given: Mapping[str, str], switch: str, default: str = "0") -> bool:
+    return given.get(switch, default) != "0"
+
+
+def _read_range(request: Request) -> Optional[tuple[int, Optional[int]]]:
+    """The first offset that is asked for and the one behind the last (RFC 9110 section 14.1.2): of one range, not from
+    the end. Any other is as good as none, which is allowed."""
+    match = re.fullmatch(r"bytes=([0-9]{1,15})-([0-9]{1,19})?", request.headers.get("range", ""))
+    if not match or (match[2] and int(match[2]) < int(match[1])):
+        return None
+    return int(match[1]), int(match[2]) + 1 if match[2] else None
+
+
+class _Place(NamedTuple):
+    """What of a transcript is asked for."""
+
+    start: int
+    stop: Optional[int]  # None: all that there is, and will be
+    is_range: bool = False
+
+
+def _find_place(kept: Kept, request: Request, given: Mapping[str, str], format_: str) -> _Place:
+    """Where in a transcript to begin, and to end. Raises Error for what is not there."""
+    transcript = kept.transcript
+    end = transcript.end
+    stop = None if _is_on(given, "follow", "1") else end
+    wanted = _read_range(request) if format_ == "text" else None
+    if wanted:
+        first, behind = wanted
+        stop = behind if stop is None else min(stop, behind or stop)
+        is_beyond = first > end or (first == end and (transcript.outcome is not None or stop is not None))
+        if is_beyond or first < transcript.start:
+            what = f"there are {end} bytes" if is_beyond else f"what is before byte {transcript.start} is not kept"
+            raise Error(f"that range cannot be had: {what}", 416, {"Content-Range": f"bytes */{end}"})
+        if transcript.outcome and stop is not None:
+            stop = min(stop, end)
+        return _Place(first, stop, is_range=True)
+    last_id = request.headers.get("last-event-id", "")
+    if format_ == "sse" and re.fullmatch(r"[0-9]{1,15}", last_id):
+        return _Place(min(int(last_id), end), stop)
+    return _Place(transcript.find_tail(int(given["tail"])) if "tail" in given else 0, stop)
+
+
+def _say_run(kept: Kept) -> str:
+    return " ".join([kept.name, *(f"{name}={value}" for name, value in kept.values.items())])
+
+
+def _say_state(kept: Kept) -> str:
+    return kept.transcript.outcome.note if kept.transcript.outcome else "running"
+
+
+def _runs_page(runs: Sequence[Kept]) -> Reply:
+    """The kept runs as a page that fetches itself anew, to stand in a frame of the index page."""
+    rows = []
+    for kept in runs:
+        parts = {
+            "ID": kept.id,
+            "WHAT": html.escape(_say_run(kept)),
+            "SINCE": time.strftime("%H:%M:%S", time.localtime(kept.started_at)),
+            "STATE": html.escape(_say_state(kept)),
+            "BYTES": str(kept.transcript.end),
+        }
+        rows.append(_fill(_RUN.replace("STOP", "" if kept.transcript.outcome else _STOP), parts))
+    return _page_reply(_RUNS, _COLOURS + _RUNS_STYLE, {"RUNS": "".join(rows) or "<p>None.</p>"})
+
+
+def _runs_text(runs: Sequence[Kept]) -> str:
+    """The kept runs, one a line."""
+    rows = [(kept.id, _timestamp(kept.started_at), _say_run(kept), _say_state(kept)) for kept in runs]
+    return "".join(f"{id_}  {since}  {what}  {state}\n" for id_, since, what, state in rows)
+
+
 class Site:
     """The commands behind their URLs, and the slots that bound how many of them run at a time."""
 
@@ -3305,6 +3940,7 @@ class Site:
             "/favicon.ico": lambda _: Reply(204, {}),  # browsers ask for it unasked, and complain of a 404
             "/robots.txt": lambda _: _text_reply("User-agent: *\nDisallow: /\n"),
         }
+        self.shelf: Optional[_Shelf] = None
         self.log = _ProgramLog(settings.log if settings.insight else 0)
         # By name and method. Their functions are called at once, and give text or the way to make a run.
         self._own: Mapping[str, Mapping[str, Command]] = {}
@@ -3316,6 +3952,12 @@ class Site:
                 "level": {"GET": Command(_show_levels), "PUT": set_level, "POST": set_level},
             }
 
+    def keep_runs(self) -> _Shelf:
+        """Have runs be kept, by a server that ends them with itself."""
+        self.shelf = _Shelf(self._settings, self._record_kept)
+        self._pages = {**self._pages, "/-/runs": self._list_runs}
+        return self.shelf
+
     def answer(self, request: Request, read_body: Callable[[int], bytes]) -> Reply:
         """Answer a request. Raises Error for what is refused; nothing has been run then.
 
@@ -3325,6 +3967,8 @@ class Site:
         self.access.check(request)
         if self.access.is_preflight(request):
             return Reply(204, {})
+        if self.shelf and request.path.startswith("/-/runs/"):
+            return self._answer_kept(self.shelf, request)
         name = request.path[1:]
         commands = self._find(name)
         page = None if commands else self._pages.get(request.path)
@@ -3358,7 +4002,7 @@ class Site:
 
     def _run(self, name: str, command: Command, request: Request, read_body: Callable[[int], bytes]) -> Reply:
         fields = list(_parse_query(request.query))
-        values, given = self._sort_fields(name, command, fields)
+        values, given = self._sort_fields(name, command.parameters, fields)
         if command.stdin:
             if request.headers.get("content-type", "").lower().lstrip().startswith("multipart/form-data"):
                 raise Error("the body is the command's input as it is: send it as curl -T or --data-binary does", 415)
@@ -3366,69 +4010,196 @@ class Site:
             with self._lock:
                 self._check_slot(name, command)
             fields += _parse_form(request, read_body)
-            values, given = self._sort_fields(name, command, fields)
+            values, given = self._sort_fields(name, command.parameters, fields)
         options = _read_options(command, request, given)._replace(title=f"{name}: {command.line}")
-        launch: Union[Launch, Call]
-        make: _Maker
-        if command.is_task:
-            launch = command.call(name, values)
-            make = functools.partial(Task, launch)
-        else:
-            launch = command.bind(name, values, stderr="merge" if options.format == "text" else "separate")
-            launch = launch._replace(has_input=command.stdin and request.has_body)
-            make = functools.partial(Process, launch)
-        class_, type_ = _FORMATS[options.format]
-        headers = {"Content-Type": type_ if command.is_plain_text else command.type, "Vary": "Accept"}
-        if options.format == "html":
-            headers["Content-Security-Policy"] = _VIEW_POLICY
-        if options.format == "sse" and "last-event-id" in request.headers:
+        way = self._find_way(name, command, request, given)
+        launch, make = self._prepare(name, command, values, is_merged=options.format == "text" and not way)
+        if isinstance(launch, Launch) and command.stdin and request.has_body:
+            make = functools.partial(Process, launch._replace(has_input=True))
+        bound = {key: values.get(key, parameter.default or "") for key, parameter in command.parameters.items()}
+        headers = _output_headers(command, options)
+        is_own = command is self._own.get(name, {}).get(request.method)
+        can_resume = is_own or (way == "shared" and self.shelf and self.shelf.find_shared(name, bound))
+        if options.format == "sse" and "last-event-id" in request.headers and not can_resume:
             # A reconnect of an EventSource: its run has ended with its connection, and it must not start another.
             return Reply(204, headers)
         if request.method == "HEAD":
             return Reply(200, headers)
-        format_ = class_(options) if command.is_plain_text else Format()
-        said = _printable(f"{launch} {values}".encode(errors="replace"))
-        if isinstance(launch, Call) and command is self._own.get(name, {}).get(request.method):
+        format_ = _FORMATS[options.format][0](options) if command.is_plain_text else Format()
+        if is_own and isinstance(launch, Call):
             result = launch.function(**launch.arguments)
             if isinstance(result, str):
                 parts = (format_.start(), format_.feed("stdout", result.encode()), format_.end(Outcome(0, "", 0.0)))
                 return Reply(200, headers, b"".join(parts))
             make = typing.cast(_Maker, result)
-        run = self._start(name, command, make)
-        try:
-            _log.debug("started %s as %s: %s", name, run, said)
-        except BaseException:  # a program that embeds us may have filters of its own
-            run.close()
-            raise
-        return Reply(200, headers, run=run, format=format_, name=name)
+        start = functools.partial(self._start, name, command, make, f"{launch} {values}")
+        if way:
+            return self._keep(way, Kept(name, command, bound), start, request, given)
+        return Reply(200, headers, run=start(), format=format_, name=name)
 
-    def _start(self, name: str, command: Command, make: _Maker) -> Run:
+    def _prepare(
+        self, name: str, command: Command, values: Mapping[str, str], is_merged: bool
+    ) -> tuple[Union[Launch, Call], _Maker]:
+        """What is to be started, with its values in place, and the way to start it."""
+        if command.is_task:
+            call = command.call(name, values)
+            return call, functools.partial(Task, call)
+        launch = command.bind(name, values, stderr="merge" if is_merged else "separate")
+        return launch, functools.partial(Process, launch)
+
+    def _find_way(self, name: str, command: Command, request: Request, given: Mapping[str, str]) -> str:
+        """Whether the run is to be kept, and how: async, wait or shared. Raises Error where it cannot be."""
+        prefers = re.split(r"[ \t]*[,;][ \t]*", request.headers.get("prefer", "").lower())
+        is_async = _is_on(given, "async") or ("respond-async" in prefers and "async" not in given)
+        way = "async" if is_async else "wait" if _is_on(given, "wait") else "shared" if command.shared else ""
+        if "tail" in given and way != "shared":
+            raise Error(f"parameter 'tail' is of no use: {name!r} is not shared")
+        if way in ("async", "wait"):
+            if self.shelf is None or name not in self._commands:
+                raise Error(f"{name!r} cannot be kept: runs are by the server itself, and of commands")
+            if command.stdin and request.has_body:
+                raise Error("a run that is kept takes no input: leave out async and wait")
+        return way if self.shelf else ""
+
+    def _keep(
+        self, way: str, kept: Kept, start: Callable[[], Run], request: Request, given: Mapping[str, str]
+    ) -> Reply:
+        """Start a run that is kept, or join a shared one, and answer by it."""
+        shelf = self.shelf
+        assert shelf
+        if way == "async":
+            shelf.keep(kept, start)
+            location = f"/-/runs/{kept.id}"
+            if "text/html" in request.accepted:
+                format_ = f"?format={given['format']}" if "format" in given else ""
+                return Reply(303, {"Location": location + format_})
+            if "application/json" in request.accepted:
+                return Reply(202, {"Location": location, "Content-Type": "application/json"}, _json_bytes(kept.state))
+            return _text_reply(f"{self._target(request).url}{location}\n", 202, {"Location": location})
+        kept.linger_seconds = 0 if way == "wait" else self._settings.linger_seconds or 0.001
+        if way == "shared":
+            kept = shelf.share(kept, start)
+        else:
+            kept.enter()
+            shelf.keep(kept, start)
+        try:
+            return self._replay(kept, request, given)
+        finally:
+            kept.leave()
+
+    def _replay(self, kept: Kept, request: Request, given: Mapping[str, str]) -> Reply:
+        """Answer by what a kept run has put out, and goes on to."""
+        transcript, outcome = kept.transcript, kept.transcript.outcome
+        options = _read_options(kept.command, request, given)
+        place = _find_place(kept, request, given, options.format)
+        options = options._replace(title=f"{kept.name}: {kept.command.line}", offset=place.start)
+        headers = _output_headers(kept.command, options)
+        if options.format == "sse" and outcome and "last-event-id" in request.headers and place.start >= transcript.end:
+            return Reply(204, headers)
+        if request.method == "HEAD":
+            return Reply(200, headers)
+        run = _Replay(kept, place.start, place.stop, self._settings)
+        if _is_on(given, "wait") and not outcome:
+            return Reply(200, headers, run=run, later=lambda: self._replay(kept, request, given))
+        status = 200
+        if outcome:
+            headers["Exit-Code"] = str(outcome.exit_code)
+            status = 500 if _is_on(given, "wait") and (outcome.exit_code or outcome.reason) else 200
+        # Bytes alone, as many as can be told beforehand: of a range, or all of it, and nothing of ours with them.
+        is_bare = options.format == "text" and not (options.timestamps or options.hostname or options.notes == "always")
+        stop = place.stop if place.stop is not None else transcript.end if outcome else None
+        is_whole = not outcome or not outcome.reason or place.is_range or status == 500
+        length = None
+        if is_bare and is_whole and stop is not None and transcript.start <= place.start <= stop <= transcript.end:
+            length = stop - place.start
+            run.close()
+            run = _Replay(kept, place.start, stop, self._settings)
+        if place.is_range:
+            last = (stop if stop is not None else _RANGE_MAX) - 1
+            headers["Content-Range"] = f"bytes {place.start}-{last}/{transcript.end if outcome else '*'}"
+            status = 206
+        if is_bare:
+            headers["Accept-Ranges"] = "bytes"
+        is_exact = place.is_range or length is not None or not kept.command.is_plain_text
+        format_ = Format() if is_exact else _FORMATS[options.format][0](options)
+        return Reply(status, headers, run=run, format=format_, length=length)
+
+    def _answer_kept(self, shelf: _Shelf, request: Request) -> Reply:
+        """Show a kept run, or stop it."""
+        methods = ("DELETE", "GET", "HEAD", "OPTIONS", "POST")
+        if request.method not in methods:
+            allow = ", ".join(methods)
+            raise Error(f"{request.path} takes {allow}, not {request.method[:200]}", 405, {"Allow": allow})
+        if request.has_body and request.method != "POST":
+            raise Error(f"a {request.method} request takes no body: put parameters into the URL's query")
+        kept = shelf.find(request.path[len("/-/runs/") :])
+        if request.method == "OPTIONS":
+            return Reply(204, {"Allow": ", ".join(methods)})
+        _, given = self._sort_fields("/-/runs", (), list(_parse_query(request.query)), _REPLAY_OPTIONS)
+        if request.method in ("DELETE", "POST"):
+            kept.stop(_ASKED)
+            if request.method == "POST" and "text/html" in request.accepted:
+                return Reply(303, {"Location": "../runs"})
+            return Reply(202, {"Content-Type": "application/json"}, _json_bytes(kept.state))
+        if "application/json" in request.accepted and "format" not in given:
+            return Reply(200, {"Content-Type": "application/json", "Vary": "Accept"}, _json_bytes(kept.state))
+        return self._replay(kept, request, given)
+
+    def _list_runs(self, request: Request) -> Reply:
+        runs = self.shelf.list() if self.shelf else []
+        if "text/html" in request.accepted:
+            return _runs_page(runs)
+        headers = {"Vary": "Accept"}
+        if "application/json" in request.accepted:
+            headers["Content-Type"] = "application/json"
+            return Reply(200, headers, _json_bytes({"runs": [kept.state for kept in runs]}))
+        return _text_reply(_runs_text(runs), headers=headers)
+
+    def _record_kept(self, kept: Kept) -> None:
+        """Count a kept run that has ended, and log it."""
+        outcome = kept.run.outcome
+        self.record(kept.name, outcome, kept.transcript.end)
+        _log.info(
+            'kept=%s command=%s exit=%d bytes=%d seconds=%.3f end="%s"',
+            *(kept.id, kept.name, outcome.exit_code, kept.transcript.end, outcome.seconds, outcome.reason or "exit"),
+        )
+
+    def _start(self, name: str, command: Command, make: _Maker, what: str) -> Run:
         timeout = self._settings.timeout_seconds if command.timeout is None else command.timeout
         with self._lock:
             self._check_slot(name, command)
             self._runs[name] += 1
         try:
-            return make(self._settings, timeout, lambda: self._free_slot(name))
+            run = make(self._settings, timeout, lambda: self._free_slot(name))
         except BaseException:
             self._free_slot(name)
             with self._lock:
                 self._ended[name, "not_started"] += 1
             raise
+        try:
+            _log.debug("started %s as %s: %s", name, run, _printable(what.encode(errors="replace")))
+        except BaseException:  # a program that embeds us may have filters of its own
+            run.close()
+            raise
+        return run
 
     @staticmethod
     def _sort_fields(
-        name: str, command: Command, fields: Sequence[tuple[str, str]]
+        name: str,
+        parameters: Container[str],
+        fields: Sequence[tuple[str, str]],
+        known: Sequence[str] = _SERVER_OPTIONS,
     ) -> tuple[dict[str, str], dict[str, str]]:
         """Part the fields of a request into the command's parameters and the server's own options."""
         values: dict[str, str] = {}
         options: dict[str, str] = {}
         for key, value in fields:
-            target = values if key in command.parameters else options
+            target = values if key in parameters else options
             if key in target:
                 raise Error(f"parameter {key[:200]!r} of {name!r} is given twice")
-            if target is options and key not in _SERVER_OPTIONS:
-                known = ", ".join([*command.parameters, *_SERVER_OPTIONS])
-                raise Error(f"{name!r} has no parameter {key[:200]!r}; known are: {known}")
+            if target is options and key not in known:
+                names = ", ".join([*(parameters if isinstance(parameters, Mapping) else ()), *known])
+                raise Error(f"{name!r} has no parameter {key[:200]!r}; known are: {names}")
             target[key] = value
         return values, options
 
@@ -3478,13 +4249,16 @@ class Site:
         lines += ["# HELP streamlog_clients Connections that are open.", "# TYPE streamlog_clients gauge"]
         return "\n".join([*lines, f"streamlog_clients {self.count_clients()}", ""])
 
-    def _index(self, request: Request) -> Reply:
+    def _target(self, request: Request) -> _Target:
         path = self._socket_path if request.host == "localhost" else ""  # by another name it was a proxy that asked
         url = f"{request.scheme or self._settings.scheme}://{request.authority}{request.prefix}"
-        target = _target(url, self._settings.token, path)
+        return _target(url, self._settings.token, path)
+
+    def _index(self, request: Request) -> Reply:
+        target = self._target(request)
         headers = {"Vary": "Accept"}
         if "text/html" in request.accepted:
-            return _index_page(target, self._listed)
+            return _index_page(target, self._listed, self._commands if self.shelf else ())
         if "application/json" in request.accepted:
             headers["Content-Type"] = "application/json"
             return Reply(200, headers, _index_json(target.url, self._listed).encode())
@@ -3510,7 +4284,7 @@ _REPLY_SECONDS = 30.0
 _DESCRIPTORS_MAX = 65536
 _AHEAD_BYTES = 1 << 20  # of output that is kept while a program writes input
 _OWN_DESCRIPTORS = 16  # of the server itself, and of a run that is being started
-_RUN_DESCRIPTORS = 3  # of a run that goes on: its outputs, and the watch for its exit
+_RUN_DESCRIPTORS = 6  # of a run that goes on: its outputs, the watch for its exit, and what a kept one has
 _COMMON_HEADERS = (
     ("Server", "streamlog"),
     ("X-Content-Type-Options", "nosniff"),
@@ -3867,6 +4641,8 @@ class _Handler(socketserver.BaseRequestHandler):
             self._hold_back()
         self._body_bytes = 0
         is_reusable = request is not None and not request.wants_close and not request.has_body
+        if reply.later and reply.run and request:
+            reply = self._await_end(reply, reply.run)
         if reply.run is None or request is None:
             self._send_whole(request, reply, is_reusable)
             exit_code, end = "-", "answered"
@@ -3874,7 +4650,8 @@ class _Handler(socketserver.BaseRequestHandler):
             outcome = self._send_run(request, reply, reply.run, is_reusable)
             if self._client.lost:
                 outcome = outcome._replace(reason=self._client.lost)
-            self.server.site.record(reply.name, outcome, self._body_bytes)
+            if reply.name:
+                self.server.site.record(reply.name, outcome, self._body_bytes)
             exit_code, end = str(outcome.exit_code), outcome.reason
             is_reusable = is_reusable and not end
         _log.info(
@@ -3972,18 +4749,37 @@ class _Handler(socketserver.BaseRequestHandler):
         self._client.send(_head_bytes(reply.status, headers, is_reusable) + body)
         self._client.settle(time.monotonic() + _REPLY_SECONDS, self._closing)
 
+    def _await_end(self, reply: Reply, run: Run) -> Reply:
+        """Wait for a kept run to end; then its answer is known. Raises _ClientGone, or the server's end."""
+        client = self._client
+        assert isinstance(run, _Replay)
+        assert reply.later
+        try:
+            while True:
+                ready = run.wait_for_end({client.fileno(): select.POLLIN, self._closing: select.POLLIN})
+                if not ready:
+                    return reply.later()
+                client.turn(ready.pop(client.fileno(), 0))
+                if client.lost or ready:
+                    raise _ClientGone
+        finally:
+            run.close()
+
     def _send_run(self, request: Request, reply: Reply, run: Run, is_reusable: bool) -> Outcome:
         """Send what a run puts out, as it comes, and then how it ended, in the way the client can tell."""
         client, format_ = self._client, reply.format or Format()
         client.run = run
         stdin = run.take_input()
         upload = _Upload(request, stdin) if stdin else None
-        is_chunked = not request.is_http_1_0
+        is_chunked = not request.is_http_1_0 and reply.length is None
         framing = {"X-Accel-Buffering": "no"}  # else nginx collects the output
+        if reply.length is not None:
+            framing["Content-Length"] = str(reply.length)
         if is_chunked:
             framing.update({"Transfer-Encoding": "chunked", "Trailer": "Exit-Code"})
         try:
-            self._must_reset = not is_chunked  # for HTTP/1.0 a close would be the proper end of any answer
+            # For HTTP/1.0 a close would be the proper end of any answer that does not say how long it is.
+            self._must_reset = not is_chunked and reply.length is None
             if upload:
                 self._ask_for_body(request)
             client.send(_head_bytes(reply.status, {**self._headers(request, reply), **framing}, is_reusable))
@@ -3991,15 +4787,17 @@ class _Handler(socketserver.BaseRequestHandler):
             self._pump(run, format_, is_chunked, upload)
             outcome = run.outcome
             self._write(format_.end(outcome), is_chunked)
+            if reply.length not in (None, self._body_bytes):
+                outcome = outcome._replace(reason=_OVERTAKEN)
             # Without the final chunk the client can tell a cut answer from a whole one (RFC 9112 section 8).
             if is_chunked and not outcome.reason:
-                client.send(b"0\r\nExit-Code: %d\r\n\r\n" % outcome.exit_code)
+                client.send(b"0\r\nExit-Code: %d\r\n\r\n" % outcome.exit_code if outcome.is_known else b"0\r\n\r\n")
             if outcome.reason:  # its slot does not wait for the client
                 run.close()
             client.settle(time.monotonic() + _REPLY_SECONDS if outcome.reason else math.inf, self._closing)
             if client.outbox and not outcome.reason:
                 outcome = outcome._replace(reason=_SHUTTING_DOWN)
-            self._must_reset = bool(outcome.reason) and not is_chunked
+            self._must_reset = bool(outcome.reason) and not is_chunked and reply.length is None
         finally:
             run.close()
             client.run, client.is_held = None, False
@@ -4186,6 +4984,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.socket_path = os.fsdecode(address) if self.reach is Reach.UNIX else ""
         self._made_socket: Optional[os.stat_result] = None  # the file of it, if it is ours to remove
         self.site = Site(commands, settings, self.reach, self.socket_path)
+        self._shelf = self.site.keep_runs()
         self._tls_context = _make_tls_context(settings) if settings.tls_cert else None
         self.is_killing = False
         self._lock = threading.RLock()  # guards the clients; re-entrant for shutdown() in a signal handler
@@ -4365,6 +5164,7 @@ class Server(socketserver.ThreadingTCPServer):
             if self._closing_writer is not None:
                 writer, self._closing_writer = self._closing_writer, None
                 os.close(writer)
+        self._shelf.shutdown()
 
     def kill(self) -> None:
         """Begin to close without grace: every process group is killed."""
@@ -4375,12 +5175,14 @@ class Server(socketserver.ThreadingTCPServer):
         for run in runs:
             run.stop(_SHUTTING_DOWN)
             run.kill()
+        self._shelf.kill()
 
     def close(self) -> None:
         """Shut down and wait, for the grace time and a second at most. May be called twice.
 
-        Steps: 1. accept no more; 2. each connection's thread stops its run, tells its client, and ends; 3. runs that
-        outlast their grace time are killed; 4. the listener and what woke the threads are closed.
+        Steps: 1. accept no more, and stop the kept runs; 2. each connection's thread stops its run, tells its client,
+        and ends; 3. runs that outlast their grace time are killed; 4. the listener, the transcripts and what woke the
+        threads are closed.
         """
         self.shutdown()
         self.site.log.end()
@@ -4393,6 +5195,7 @@ class Server(socketserver.ThreadingTCPServer):
         if not self._join(self.settings.grace_seconds + 0.5):
             self.kill()
             self._join(0.5)
+        self._shelf.close()
         with self._lock:
             if not self._clients and self.closing >= 0:
                 os.close(self.closing)
@@ -4408,6 +5211,7 @@ class Server(socketserver.ThreadingTCPServer):
             if client.run:
                 client.run.disown()
         self._clients.clear()
+        self._shelf.disown()
         self.site.log.disown()
         self.site.log.end()
         self.socket.close()
@@ -4423,7 +5227,8 @@ class Server(socketserver.ThreadingTCPServer):
             threads = list(self._clients.values())
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in threads)
+        has_ended = self._shelf.join(deadline)
+        return has_ended and not any(thread.is_alive() for thread in threads)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4926,7 +5731,7 @@ def _describe(name: str, command: Command) -> str:
     for parameter in command.parameters.values():
         default = "required" if parameter.default is None else f"default {parameter.default!r}"
         lines.append(f"parameter {parameter.name}: {parameter.type}, {default}")
-    for option in ("timeout", "max", "stderr", "stdin", "pty", "cwd", "type"):
+    for option in ("timeout", "max", "stderr", "stdin", "pty", "shared", "cwd", "type"):
         value = getattr(command, option)
         if value != getattr(_DEFAULTS, option):
             lines.append(f"{option}: {'yes' if value is True else value}")

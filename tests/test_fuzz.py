@@ -433,7 +433,7 @@ def read_query(query: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def bind_query(command: Command, query: str) -> streamlog.Launch:
-    values, _ = streamlog.Site._sort_fields("x", command, list(streamlog._parse_query(query)))
+    values, _ = streamlog.Site._sort_fields("x", command.parameters, list(streamlog._parse_query(query)))
     return command.bind("x", values)
 
 
