@@ -27,6 +27,13 @@ options:
                        let pages of this origin use the server; may be given again
       --terminal COLUMNSxLINES
                        the size of the terminal of a command that has one (80x24)
+      --transcripts DIR
+                       keep transcripts of runs in this directory (TMPDIR, or /var/tmp)
+      --transcript-size N, --transcripts-size N
+                       bytes of one (16M) and of all (256M), the newest of each run
+      --keep-runs N, --keep SEC
+                       ended runs that are kept (100), and for how long (3600)
+      --linger SEC     seconds that a shared run goes on for without a viewer (5)
       --check          print the commands as they were understood, and exit
   -v, --verbose        also log each start of a command
   -q, --quiet          print the address alone at start, and log warnings only
@@ -39,15 +46,16 @@ commands:
   {name:type} has a type: word (the default), int, path, text, a choice such as nginx|redis,
   or a regular expression that the value must match in full. A value is one argument, and
   never an option. {{name}} stands for {name} itself. POST:NAME=... is run by POST only.
+  NAME=-, or -, is this program's standard input, for any number of viewers.
 
 commands file:
   A section for each command, [NAME], with the options command = COMMAND LINE, about (a
   description), method (GET or POST), timeout (seconds; 0 for no limit), max (runs of it at a
   time), stderr (merge, separate or discard), stdin (yes: the body of a POST or PUT is its
-  input), pty (yes: it runs on a terminal; echo: on one that echoes its input), cwd (directory),
-  env (NAME=value, one a line) and type (Content-Type of output that is not plain text).
-  [DEFAULT] holds options for all. SIGHUP reads it again, and the certificate; at a terminal it
-  ends the server, as TERM does.
+  input), pty (yes: it runs on a terminal; echo: on one that echoes its input), shared (yes: a
+  client joins the run that goes on with the same values), cwd (directory), env (NAME=value, one
+  a line) and type (Content-Type of output that is not plain text). [DEFAULT] holds options for
+  all. SIGHUP reads it again, and the certificate; at a terminal it ends the server, as TERM does.
 
 what a client sees:
   The output is the body, byte for byte, as it comes; the trailer Exit-Code ends a run that
@@ -60,6 +68,11 @@ what a client sees:
   too), and ?heartbeat=SEC says after so long a silence that the run goes on. ?footer=1 adds a
   last line with exit code and duration, as a browser gets; ?footer=0 omits it. In a browser, /
   has a form for each command.
+
+runs that outlive a connection:
+  ?async=1 starts a run and answers with its address, /-/runs/ID: GET replays and follows it
+  (?tail=N lines, ?follow=0, Range), in JSON its state; DELETE stops it; /-/runs lists them.
+  ?wait answers when the run has ended, with its exit code in a header, by 500 if it failed.
 """
 
 from __future__ import annotations
@@ -624,6 +637,8 @@ class Command:
         found: list[Parameter] = []
         uses: list[tuple[Parameter, bool]]
         arguments: tuple[_Argument, ...] = ()
+        if self.is_source:
+            object.__setattr__(self, "shared", True)
         if callable(self.command):
             converts = {parameter.name: (parameter, convert) for parameter, convert in _read_signature(self.command)}
             found = [parameter for parameter, _ in converts.values()]
@@ -698,6 +713,11 @@ class Command:
     def is_task(self) -> bool:
         """Whether the command is a callable of this program."""
         return callable(self.command)
+
+    @property
+    def is_source(self) -> bool:
+        """Whether it is the server's own standard input."""
+        return self.command == "-"
 
     @property
     def line(self) -> str:
@@ -833,7 +853,7 @@ def _parse_command_argument(text: str) -> tuple[str, Command]:
             options["method"] = match[1]
         return match[2], _make_command(match[2], options)
     program = text.lstrip().lstrip("!").split(maxsplit=1)[:1]
-    name = os.path.basename(program[0]) if program else ""
+    name = "stdin" if text == "-" else os.path.basename(program[0]) if program else ""
     return name, _make_command(name, {"command": text})
 
 
@@ -2484,6 +2504,26 @@ class Task(Run):
         super()._finish()
 
 
+class _Source(Run):
+    """A run that is the reading of a descriptor to its end: this program's own standard input."""
+
+    def __init__(self, descriptor: int, settings: Settings, timeout: Optional[float], release: _Release) -> None:
+        super().__init__(settings, timeout, release)
+        self.outputs[os.dup(descriptor)] = "stdout"  # left to block: others may have it open, and would find it changed
+
+    def __str__(self) -> str:
+        return "standard input"
+
+    def _ask(self) -> None:
+        self._due[self._drop_outputs] = time.monotonic()  # by its owner, who may be waiting for it now
+
+    _force = _ask
+
+    def _reap(self) -> None:
+        self._set_exit_code(0)
+        self._finish()
+
+
 _task: contextvars.ContextVar[Optional[Task]] = contextvars.ContextVar("streamlog_task", default=None)
 
 
@@ -3011,13 +3051,14 @@ class _Shelf:
     def find_shared(self, name: str, values: Mapping[str, str]) -> Optional[Kept]:
         """The shared run of a command with these values, if one goes on."""
         found = self._shared.get((name, frozenset(values.items())))
-        return found if found and not found.run.reason and not found.ended_at else None
+        goes_on = found and (found.command.is_source or not (found.run.reason or found.ended_at))
+        return found if goes_on else None
 
     def end(self, kept: Kept) -> None:
         """Take note of a run that has ended."""
         self._on_end(kept)
         with self._lock:
-            if self._shared.get(kept.key) is kept:
+            if self._shared.get(kept.key) is kept and not kept.command.is_source:  # which cannot be begun anew
                 del self._shared[kept.key]
             if not kept.linger_seconds:
                 self._drop(kept)
@@ -3042,7 +3083,7 @@ class _Shelf:
     def expire(self) -> None:
         """Drop those that have ended and are too old, or too many."""
         with self._lock:
-            ended = [kept for kept in self._kept.values() if kept.ended_at]
+            ended = [kept for kept in self._kept.values() if kept.ended_at and not kept.command.is_source]
             surplus = len(ended) - self._settings.kept_runs
             for at, kept in enumerate(ended):
                 if at < surplus or time.time() - (kept.ended_at or 0) > self._settings.kept_seconds:
@@ -3056,6 +3097,7 @@ class _Shelf:
         """Take more room for a transcript, if need be from the oldest that has ended; whether there is."""
         with self._lock:
             ended = (kept for kept in list(self._kept.values()) if kept.ended_at and not kept.views)
+            ended = (kept for kept in ended if not kept.command.is_source)
             while count > 0 and self._used_bytes + count > self._settings.transcripts_bytes:
                 oldest = next(ended, None)
                 if oldest is None:
@@ -3958,6 +4000,14 @@ class Site:
         self._pages = {**self._pages, "/-/runs": self._list_runs}
         return self.shelf
 
+    def open_sources(self) -> None:
+        """Begin to read standard input, where it is one of the commands. Raises Error."""
+        for name, command in self._commands.items():
+            if command.is_source and self.shelf:
+                _, make = self._prepare(name, command, {}, is_merged=True)
+                start = functools.partial(self._start, name, command, make, "-")
+                self.shelf.share(Kept(name, command, {}), start).leave()
+
     def answer(self, request: Request, read_body: Callable[[int], bytes]) -> Reply:
         """Answer a request. Raises Error for what is refused; nothing has been run then.
 
@@ -4045,7 +4095,7 @@ class Site:
             call = command.call(name, values)
             return call, functools.partial(Task, call)
         launch = command.bind(name, values, stderr="merge" if is_merged else "separate")
-        return launch, functools.partial(Process, launch)
+        return launch, functools.partial(_Source, 0) if command.is_source else functools.partial(Process, launch)
 
     def _find_way(self, name: str, command: Command, request: Request, given: Mapping[str, str]) -> str:
         """Whether the run is to be kept, and how: async, wait or shared. Raises Error where it cannot be."""
@@ -4983,6 +5033,8 @@ class Server(socketserver.ThreadingTCPServer):
         self.settings = settings
         self.socket_path = os.fsdecode(address) if self.reach is Reach.UNIX else ""
         self._made_socket: Optional[os.stat_result] = None  # the file of it, if it is ours to remove
+        if sum(command.is_source for command in commands.values()) > 1:
+            raise ConfigError("standard input can be served once: leave one NAME=-")
         self.site = Site(commands, settings, self.reach, self.socket_path)
         self._shelf = self.site.keep_runs()
         self._tls_context = _make_tls_context(settings) if settings.tls_cert else None
@@ -5015,6 +5067,11 @@ class Server(socketserver.ThreadingTCPServer):
         if run_max < settings.max_runs:
             _log.warning("of %d runs only %d have descriptors: ulimit -n", settings.max_runs, run_max)
             self.site.max_runs = run_max
+        try:
+            self.site.open_sources()
+        except BaseException:
+            self.close()
+            raise
 
     def server_bind(self) -> None:
         """Bind to the address, or make the file of a unix socket."""
@@ -5581,7 +5638,7 @@ def _read_host(text: str) -> str:
 def _read_size(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text)
     if not match:
-        raise ConfigError(f"--max-output must be a number of bytes, or of K, M, G or T of them: {text!r}")
+        raise ConfigError(f"a size must be a number of bytes, or of K, M, G or T of them: {text!r}")
     return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
@@ -5638,6 +5695,12 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--allow-host", action="append", default=[], type=_read_host)
     parser.add_argument("--allow-origin", action="append", default=[], type=_read_origin)
     parser.add_argument("--terminal", type=_read_terminal_size, default=(80, 24))
+    parser.add_argument("--transcripts", default="")
+    parser.add_argument("--transcript-size", type=_read_size, default=16 << 20)
+    parser.add_argument("--transcripts-size", type=_read_size, default=256 << 20)
+    parser.add_argument("--keep-runs", type=number(int, 0, 1e6, "a whole number"), default=100)
+    parser.add_argument("--keep", type=seconds, default=3600.0)
+    parser.add_argument("--linger", type=seconds, default=5.0)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("-q", "--quiet", action="store_true")
@@ -5687,7 +5750,7 @@ def _warnings(command: Command) -> Iterator[str]:
     """What is no mistake for certain, and most likely one."""
     if command.cwd and not os.path.isdir(command.cwd):
         yield f"no such directory: {command.cwd!r}"
-    if not command.is_task and not _find_program(command):
+    if not command.is_task and not command.is_source and not _find_program(command):
         yield f"program not found, or not executable: {command.program!r}"
     for word in command.line.split():
         if not command.is_shell and re.fullmatch(r"[|&;<>]+|[0-9]?>.+", word):
@@ -5727,7 +5790,8 @@ def _describe(name: str, command: Command) -> str:
     lines = [f"{', '.join(command.methods):4} /{name}  {command.line}"]
     if command.about:
         lines.append(f"about: {command.about}")
-    lines.append(f"program: {_find_program(command) or 'not found'}")
+    if not command.is_source:
+        lines.append(f"program: {_find_program(command) or 'not found'}")
     for parameter in command.parameters.values():
         default = "required" if parameter.default is None else f"default {parameter.default!r}"
         lines.append(f"parameter {parameter.name}: {parameter.type}, {default}")
@@ -5770,6 +5834,12 @@ def _make_settings(options: argparse.Namespace) -> Settings:
         allow_origins=options.allow_origin,
         child_nofile=_raise_descriptor_limit(),
         terminal_size=options.terminal,
+        transcripts=options.transcripts,
+        transcript_bytes=options.transcript_size,
+        transcripts_bytes=options.transcripts_size,
+        kept_runs=int(options.keep_runs),
+        kept_seconds=options.keep,
+        linger_seconds=options.linger,
         insight=False,
     )
 

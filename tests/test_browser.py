@@ -65,7 +65,7 @@ class Tokens(BrowserCase):
         self.browser.open(f"http://:secret@127.0.0.1:{server.port}/")
         self.see("document.title.startsWith('streamlog')", "the page")
         self.browser.run("document.querySelector('button.start').click()")
-        self.see("frames[0].document.body.textContent.includes('hello')", "the output")
+        self.see("frames.view.document.body.textContent.includes('hello')", "the output")
 
     def test_a_page_of_an_allowed_origin_reads_a_run_by_the_token_and_no_other_page_does(self) -> None:
         page = Command("echo '<!DOCTYPE html><title>page</title>'", type="text/html")
@@ -88,7 +88,7 @@ class Encrypted(BrowserCase):
         self.browser.open(f"{server.url}/")
         self.see("document.title.startsWith('streamlog')", "the page")
         self.browser.run("document.querySelector('button.start').click()")
-        self.see("frames[0].document.body.textContent.includes('hello')", "the output")
+        self.see("frames.view.document.body.textContent.includes('hello')", "the output")
 
 
 class LiveText(BrowserCase):
@@ -216,7 +216,7 @@ class IndexPage(BrowserCase):
         self.see("document.querySelector('#page')", "the index")
 
     def in_frame(self, expression: str, what: str) -> Any:
-        self.browser.frame("iframe")
+        self.browser.frame("iframe[name=view]")
         try:
             return self.see(expression, what)
         finally:
@@ -289,14 +289,14 @@ class IndexPage(BrowserCase):
             odd += ["[a-z]++", "a*+"]
         server = self.serve({f"c{n}": Command(f"echo {{x:{pattern}}}") for n, pattern in enumerate(odd)})
         self.browser.open(server.url)
-        self.see(f"document.querySelectorAll('section').length == {len(odd)}", "the index")
+        self.see(f"document.querySelectorAll('section').length > {len(odd)}", "the index")
         self.browser.run("document.querySelectorAll('form').forEach(form => form.checkValidity()) || 1")
         self.browser.type("[name=x]", "a")
         self.assertEqual(self.browser.errors(), [])
 
     def test_it_asks_no_other_host_and_says_how_many_connections_there_are(self) -> None:
         resources = self.browser.run("performance.getEntriesByType('resource').map(entry => entry.name)")
-        self.assertTrue(all(name.startswith(f"{self.server.url}/-/idle") for name in resources), resources)
+        self.assertTrue(all(re.search(rf"^{self.server.url}/-/(idle|runs)$", name) for name in resources), resources)
         self.assertIn("six live connections", self.browser.run(TEXT))
 
     def test_it_can_be_used_by_keyboard_and_read_by_a_screen_reader(self) -> None:
@@ -306,7 +306,7 @@ class IndexPage(BrowserCase):
         )
         self.assertEqual(self.browser.run(unnamed), 0)
         self.assertEqual(self.browser.run("document.querySelectorAll('h1').length"), 1)
-        self.assertEqual(self.browser.run("document.querySelectorAll('h2').length"), 4)
+        self.assertEqual(self.browser.run("document.querySelectorAll('h2').length"), 5)
         self.assertEqual(self.browser.run("document.documentElement.lang"), "en")
         tree = self.browser.devtools("Accessibility.getFullAXTree", {})
         names = {node["name"]["value"] for node in tree["nodes"] if node.get("name") and not node.get("ignored")}

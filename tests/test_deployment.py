@@ -132,11 +132,11 @@ class NginxInABrowser(BrowserCase):
         self.browser.open(f"http://localhost:{port}/box/")
         self.see("document.title.startsWith('streamlog')", "the page")
         self.browser.run("document.querySelector('button.start').click()")
-        self.see("frames[0].document.body.textContent.includes('hello')", "the output")
+        self.see("frames.view.document.body.textContent.includes('hello')", "the output")
         pid = self.pid(note)
         self.browser.run("document.querySelector('[aria-label=\"Stop x\"]').click()")
         wait_until(lambda: not is_alive(pid), "the run is stopped", 3)
-        self.see("frames[0].document.body.textContent.includes('Nothing is running')", "the idle page")
+        self.see("frames.view.document.body.textContent.includes('Nothing is running')", "the idle page")
 
 
 class Units(ServerCase):

@@ -1,0 +1,743 @@
+"""Runs that outlive a connection: transcripts, and what can be done with them by HTTP."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import unittest
+from typing import Any
+from unittest import mock
+
+import streamlog
+from streamlog import Command, ConfigError
+
+from . import browser
+from .support import (
+    SOAK,
+    Program,
+    ServerCase,
+    descriptors,
+    is_alive,
+    pids_in,
+    resident_bytes,
+    run_program,
+    wait_until,
+)
+from .test_browser import BrowserCase
+
+HUNDRED_THOUSAND = b"".join(b"%d\n" % number for number in range(1, 100_001))
+HTML = "Accept: text/html,*/*;q=0.8"
+JSON = "Accept: application/json"
+
+
+class Transcripts(unittest.TestCase):
+    def make(self, size: int = 16 << 20, room: int = 1 << 40) -> streamlog._Shelf:
+        raise NotImplementedError
+
+    def setUp(self) -> None:
+        self.used = 0
+        self.room = 1 << 40
+
+        def grow(count: int) -> bool:
+            if count > 0 and self.used + count > self.room:
+                return False
+            self.used += count
+            return True
+
+        self.grow = grow
+
+    def transcript(self, size: int = 16 << 20) -> streamlog.Transcript:
+        made = streamlog.Transcript(size, tempfile.gettempdir(), self.grow)
+        self.addCleanup(made.close)
+        return made
+
+    def read(self, transcript: streamlog.Transcript, offset: int = 0) -> tuple[int, bytes]:
+        """All from an offset on, and the offset that it begins at."""
+        first, _, data = transcript.read(offset, 1 << 30)
+        while True:
+            at, _, more = transcript.read(first + len(data), 1 << 30)
+            if not more:
+                return first, data
+            self.assertEqual(at, first + len(data))
+            data += more
+
+    def test_what_was_written_is_read_at_any_offset_with_its_streams(self) -> None:
+        dice = random.Random(1)
+        transcript = self.transcript()
+        written: list[tuple[str, bytes]] = []
+        for _ in range(300):
+            piece = (dice.choice(("stdout", "stderr")), dice.randbytes(dice.randrange(1, 3000)))
+            transcript.write(*piece)
+            written.append(piece)
+        data = b"".join(piece for _, piece in written)
+        streams = b"".join((b"o" if stream == "stdout" else b"e") * len(piece) for stream, piece in written)
+        for _ in range(300):
+            offset, limit = dice.randrange(len(data)), dice.randrange(1, 5000)
+            at, stream, found = transcript.read(offset, limit)
+            self.assertEqual((at, found), (offset, data[offset : offset + len(found)]))
+            self.assertEqual(set(streams[offset : offset + len(found)]), {ord("o" if stream == "stdout" else "e")})
+            self.assertGreater(len(found), 0)
+        self.assertEqual(transcript.read(len(data), 10), (len(data), transcript._streams[-1], b""))
+
+    def test_the_newest_are_kept_where_there_are_too_many(self) -> None:
+        dice = random.Random(2)
+        transcript = self.transcript(size=100_000)
+        data = b""
+        for number in range(200):
+            piece = dice.randbytes(
+                dice.choice((1, 700, 5000, 150_000)) if number % 50 == 0 else dice.randrange(1, 4000)
+            )
+            transcript.write(dice.choice(("stdout", "stderr")), piece)
+            data += piece
+            start, kept = self.read(transcript)
+            self.assertEqual((start, kept), (max(0, len(data) - 100_000), data[-100_000:]))
+
+    def test_where_others_have_taken_the_room_the_ring_stays_as_it_is(self) -> None:
+        self.room = 300_000
+        transcript = self.transcript()
+        data = os.urandom(1_000_000)
+        for at in range(0, len(data), 10_000):
+            transcript.write("stdout", data[at : at + 10_000])
+        start, kept = self.read(transcript)
+        self.assertEqual(kept, data[start:])
+        self.assertTrue(280_000 < len(kept) <= 300_000, len(kept))
+        self.assertLessEqual(self.used, 300_000)
+
+    def test_a_disk_that_fills_up_leaves_the_newest_and_the_writer_goes_on(self) -> None:
+        real = os.pwrite
+        for refuses_all in (False, True):
+            transcript = self.transcript()
+            size = [200_000]
+
+            def pwrite(descriptor: int, data: Any, at: int, size: Any = size, refuses_all: bool = refuses_all) -> int:
+                if at + len(data) > size[0] or (refuses_all and size[0] < 200_000):
+                    size[0] = size[0] - 1 if refuses_all else size[0]
+                    raise OSError(errno.ENOSPC, "no space")
+                return real(descriptor, data, at)
+
+            data = os.urandom(600_000)
+            with mock.patch.object(os, "pwrite", pwrite), self.assertLogs("streamlog", "WARNING") as logged:
+                for at in range(0, len(data), 7_000):
+                    transcript.write("stdout", data[at : at + 7_000])
+            self.assertEqual(transcript.end, len(data))
+            start, kept = self.read(transcript)
+            self.assertEqual(kept, data[start:])
+            if not refuses_all:
+                self.assertGreater(len(kept), 150_000)
+            self.assertIn("no space", logged.output[0])
+
+    def test_changes_of_stream_are_bounded_too(self) -> None:
+        transcript = self.transcript()
+        for number in range(50_000):
+            transcript.write(("stdout", "stderr")[number % 2], b"x")
+        self.assertLess(len(transcript._changes), 17_000)
+        self.assertEqual(len(self.read(transcript)[1]), transcript.end - transcript.start)
+        self.assertGreater(transcript.end - transcript.start, 8_000)
+
+    def test_the_last_lines_are_found(self) -> None:
+        for data in (
+            b"",
+            b"a",
+            b"\n",
+            b"a\n",
+            b"a\nb",
+            b"a\nb\n",
+            b"\n\n\n",
+            b"x" * 200_000 + b"\ny\n",
+            b"line\n" * 50_000,
+        ):
+            transcript = self.transcript()
+            transcript.write("stdout", data)
+            for count in (0, 1, 2, 3, 40_000):
+                lines = data.splitlines(keepends=True)
+                wanted = b"".join(lines[-count:]) if count else b""
+                offset = transcript.find_tail(count)
+                self.assertEqual(
+                    self.read(transcript, offset)[1] if offset < len(data) else b"", wanted, (data[:20], count)
+                )
+
+    def test_readers_beside_a_writer_see_no_byte_that_is_not_theirs(self) -> None:
+        transcript = self.transcript(size=70_000)
+        data = b"".join(b"%08d" % number for number in range(100_000))
+        wrong: list[int] = []
+
+        def follow(offset: int) -> None:
+            while offset < len(data):
+                at, _, found = transcript.read(offset, 5_000)
+                if found != data[at : at + len(found)]:
+                    wrong.append(at)
+                offset = at + len(found)
+
+        threads = [threading.Thread(target=follow, args=(number * 1000,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for at in range(0, len(data), 1_000):
+            transcript.write("stdout", data[at : at + 1_000])
+        for thread in threads:
+            thread.join()
+        self.assertEqual(wrong, [])
+
+    def test_a_folder_that_cannot_be_had_is_told(self) -> None:
+        with self.assertRaisesRegex(streamlog.Error, "cannot keep a transcript in '/nowhere'"):
+            streamlog.Transcript(1, "/nowhere", self.grow)
+        self.assertEqual(self.used, 0)
+
+
+class KeptCase(ServerCase):
+    def keep(self, server: streamlog.Server, path: str) -> str:
+        """Start a run that is kept; its path."""
+        answer = self.fetch(server, f"{path}{'&' if '?' in path else '?'}async=1")
+        self.assertEqual(answer.status, 202, answer.body)
+        self.assertEqual(answer.body.decode(), f"http://localhost{answer.headers['location']}\n")
+        return answer.headers["location"]
+
+    def state(self, server: streamlog.Server, path: str) -> dict[str, Any]:
+        return dict(json.loads(self.fetch(server, path, headers=[JSON]).body))
+
+    def ended(self, server: streamlog.Server, path: str) -> dict[str, Any]:
+        wait_until(lambda: self.state(server, path)["state"] == "ended", "it has ended")
+        return self.state(server, path)
+
+
+class Kept(KeptCase):
+    def test_a_run_goes_on_without_its_client_and_is_replayed(self) -> None:
+        gate = self.folder / "gate"
+        os.mkfifo(gate)
+        server = self.serve({"x": f"!echo one; read line < {gate}; echo two; exit 3"})
+        answer = self.fetch(server, "/x", headers=["Prefer: respond-async, wait=10"])
+        path = answer.headers["location"]
+        self.assertRegex(path, r"^/-/runs/[A-Za-z0-9_-]{22}$")
+        with self.connect(server) as client:
+            client.get(path)
+            client.read_head()
+            self.assertEqual(client.read_chunk(), b"one\n")
+            gate.write_text("\n")
+            self.assertEqual(client.read_chunk(), b"two\n")
+            self.assertEqual(client.read_until(b"\r\n\r\n"), b"0\r\nExit-Code: 3\r\n\r\n")
+        state = self.ended(server, path)
+        self.assertEqual((state["command"], state["exit_code"], state["reason"], state["bytes"]), ("x", 3, "exit", 8))
+        again = self.fetch(server, path)
+        self.assertEqual(
+            (again.body, again.headers["exit-code"], again.headers["content-length"]), (b"one\ntwo\n", "3", "8")
+        )
+        self.assertTrue(again.is_whole)
+
+    def test_a_form_is_sent_to_its_run(self) -> None:
+        server = self.serve({"x": Command("echo {x}", method="POST")})
+        form = ["Content-Type: application/x-www-form-urlencoded", HTML]
+        answer = self.fetch(server, "/x", "POST", form, b"x=a&async=1&format=html")
+        self.assertEqual(answer.status, 303)
+        self.assertRegex(answer.headers["location"], r"^/-/runs/[^?]+\?format=html$")
+        self.assertIn(b"<samp>a\n</samp>", self.fetch(server, answer.headers["location"]).body)
+
+    def test_runs_are_listed_for_each_reader(self) -> None:
+        server = self.serve({"x": "echo {x}", "y": "sleep 60"})
+        one, two = self.keep(server, "/x?x=%3Cb%3E".replace("%3C", "").replace("%3E", "")), self.keep(server, "/y")
+        self.ended(server, one)
+        text = self.fetch(server, "/-/runs").body.decode().splitlines()
+        self.assertRegex(text[0], rf"^{two[8:]}  20\S+  y  running$")
+        self.assertRegex(text[1], rf"^{one[8:]}  20\S+  x x=b  \[exit 0, 0\.\d s\]$")
+        listed = json.loads(self.fetch(server, "/-/runs", headers=[JSON]).body)["runs"]
+        self.assertEqual(
+            [(run["command"], run["values"], run["state"]) for run in listed],
+            [("y", {}, "running"), ("x", {"x": "b"}, "ended")],
+        )
+        page = self.fetch(server, "/-/runs", headers=[HTML]).body.decode()
+        self.assertIn(f'<a href="runs/{one[8:]}?format=html" target="view">x x=b</a>', page)
+        self.assertEqual(page.count(">Stop<"), 1)
+
+    def test_any_place_can_be_asked_for(self) -> None:
+        server = self.serve({"x": "seq 1 1000"})
+        path = self.keep(server, "/x")
+        whole = b"".join(b"%d\n" % number for number in range(1, 1001))
+        self.ended(server, path)
+        for query, headers, status, body in (
+            ("?tail=2", [], 200, b"999\n1000\n"),
+            ("?follow=0", [], 200, whole),
+            ("", ["Range: bytes=3890-"], 206, whole[3890:]),
+            ("", ["Range: bytes=10-19"], 206, whole[10:20]),
+            ("", ["Range: bytes=3890-99999"], 206, whole[3890:]),
+            ("", ["Range: bytes=5-1, 3-4"], 200, whole),
+            ("", [f"Range: bytes={len(whole)}-"], 416, b"that range cannot be had: there are 3893 bytes\n"),
+            ("?tail=x", [], 400, b"parameter 'tail' must be a number of lines: 'x'\n"),
+            ("?follow=2", [], 400, b"parameter 'follow' must be 0 or 1: '2'\n"),
+            ("?x=1", [], 400, None),
+        ):
+            with self.subTest(query=query, headers=headers):
+                answer = self.fetch(server, path + query, headers=headers)
+                self.assertEqual(answer.status, status)
+                if body is not None:
+                    self.assertEqual(answer.body, body)
+        self.assertEqual(
+            self.fetch(server, path, headers=["Range: bytes=10-19"]).headers["content-range"], "bytes 10-19/3893"
+        )
+        self.assertEqual(
+            self.fetch(server, path, headers=["Range: bytes=3893-"]).headers["content-range"], "bytes */3893"
+        )
+        self.assertEqual(self.fetch(server, path, "HEAD").status, 200)
+
+    def test_a_range_of_a_run_that_goes_on_follows_it(self) -> None:
+        gate = self.folder / "gate"
+        os.mkfifo(gate)
+        server = self.serve({"x": f"!echo one; read line < {gate}; echo two"})
+        path = self.keep(server, "/x")
+        wait_until(lambda: self.state(server, path)["bytes"] == 4, "the first line is there")
+        snapshot = self.fetch(server, f"{path}?follow=0", headers=["Range: bytes=1-"])
+        self.assertEqual(
+            (snapshot.status, snapshot.body, snapshot.headers["content-range"]), (206, b"ne\n", "bytes 1-3/*")
+        )
+        self.assertEqual(self.fetch(server, f"{path}?follow=0", headers=["Range: bytes=4-"]).status, 416)
+        with self.connect(server) as client:
+            client.get(path, headers=["Range: bytes=4-"])
+            status, headers = client.read_head()
+            self.assertEqual((status, headers["content-range"]), (206, f"bytes 4-{(1 << 53) - 1}/*"))
+            gate.write_text("\n")
+            self.assertEqual(client.read_chunk(), b"two\n")
+
+    def test_every_format_replays_with_its_streams(self) -> None:
+        server = self.serve({"x": "!echo out; sleep 0.2; echo err >&2; sleep 0.2; echo more"})
+        path = self.keep(server, "/x")
+        self.ended(server, path)
+        self.assertIn(b'<samp class="e">err\n</samp>', self.fetch(server, f"{path}?format=html").body)
+        lines = [json.loads(line) for line in self.fetch(server, f"{path}?format=ndjson").body.splitlines()]
+        self.assertEqual(
+            [(line.get("stream"), line.get("line")) for line in lines[:3]],
+            [("stdout", "out"), ("stderr", "err"), ("stdout", "more")],
+        )
+        self.assertEqual(lines[3]["exit_code"], 0)
+        sse = self.fetch(server, path, headers=["Accept: text/event-stream"]).body
+        self.assertIn(b"event: stderr\nid: 8\ndata: err\n\n", sse)
+        resumed = self.fetch(server, path, headers=["Accept: text/event-stream", "Last-Event-ID: 8"]).body
+        self.assertTrue(resumed.startswith(b"id: 8\n\nid: 13\ndata: more\n\nevent: exit\n"), resumed)
+        done = self.fetch(server, path, headers=["Accept: text/event-stream", "Last-Event-ID: 13"])
+        self.assertEqual(done.status, 204)
+        snapshot = self.fetch(server, f"{path}?follow=0&format=ndjson").body
+        self.assertNotIn(b"exit_code", snapshot)
+
+    def test_a_run_is_stopped_and_says_so(self) -> None:
+        server = self.serve({"x": "!echo $$; exec sleep 300"})
+        for method, headers, status in (("DELETE", [], 202), ("POST", [], 202), ("POST", [HTML], 303)):
+            path = self.keep(server, "/x")
+            wait_until(lambda path=path: self.state(server, path)["bytes"], "it runs")  # type: ignore[misc]
+            (pid,) = pids_in(self.fetch(server, f"{path}?follow=0").body)
+            self.assertEqual(self.fetch(server, path, method, headers).status, status)
+            state = self.ended(server, path)
+            self.assertEqual((state["exit_code"], state["signal"], state["reason"]), (143, 15, "on request"))
+            self.assertFalse(is_alive(pid))
+            self.assertEqual(self.fetch(server, path, "DELETE").status, 202, "once more does no harm")
+            answer = self.fetch(server, path)
+            self.assertEqual(answer.is_whole, False)
+            self.assertIn(b"\n[stopped: on request, ", answer.body)
+
+    def test_one_that_does_not_heed_sigterm_is_killed_after_the_grace_time(self) -> None:
+        server = self.serve({"x": "!trap '' TERM; echo $$; while :; do sleep 0.1; done"}, grace_seconds=0.3)
+        path = self.keep(server, "/x")
+        wait_until(lambda: self.state(server, path)["bytes"], "it runs")
+        self.fetch(server, path, "DELETE")
+        self.assertEqual(self.ended(server, path)["exit_code"], 137)
+
+    def test_ids_that_are_not_known_or_malformed(self) -> None:
+        server = self.serve({"x": "true"})
+        for path, status in (
+            ("/-/runs/" + "A" * 22, 410),
+            ("/-/runs/..", 404),
+            ("/-/runs/" + "A" * 21, 404),
+            ("/-/runs/a%2Fb", 404),
+            ("/-/runs/", 404),
+        ):
+            for method in ("GET", "DELETE"):
+                self.assertEqual(self.fetch(server, path, method).status, status)
+        self.assertEqual(self.fetch(server, "/-/runs/" + "A" * 22, "PUT").status, 405)
+
+    def test_another_site_and_one_without_the_token_stop_nothing(self) -> None:
+        server = self.serve({"x": "sleep 60"}, token="secret")
+        bearer = "Authorization: Bearer secret"
+        path = self.fetch(server, "/x?async=1", headers=[bearer]).headers["location"]
+        self.assertEqual(self.fetch(server, path, "DELETE").status, 401)
+        self.assertEqual(self.fetch(server, path, "POST", [bearer, "Origin: http://evil.example"]).status, 403)
+        self.assertEqual(json.loads(self.fetch(server, path, headers=[bearer, JSON]).body)["state"], "running")
+
+    def test_tasks_and_limits_hold(self) -> None:
+        server = self.serve(
+            {"t": Command(lambda: "from a task"), "y": "yes", "slow": Command("sleep 60", timeout=0.2, max=1)},
+            max_output_bytes=100_000,
+        )
+        self.assertEqual(self.ended(server, self.keep(server, "/t"))["bytes"], 11)
+        state = self.ended(server, self.keep(server, "/y"))
+        self.assertEqual((state["bytes"], state["reason"]), (100_000, "output limit of 100000 bytes"))
+        path = self.keep(server, "/slow")
+        self.assertEqual(self.fetch(server, "/slow?async=1").status, 503)
+        self.assertEqual(self.ended(server, path)["reason"], "timeout after 0.2 s")
+        metrics = self.fetch(server, "/-/metrics").body
+        self.assertIn(b'streamlog_runs_total{command="slow",outcome="timeout"} 1', metrics)
+
+    def test_what_has_ended_is_dropped_by_number_age_and_bytes(self) -> None:
+        server = self.serve({"x": "echo {n}"}, kept_runs=3)
+        paths = []
+        for number in range(5):
+            paths.append(self.keep(server, f"/x?n={number}"))
+            wait_until(lambda: b"running" not in self.fetch(server, "/-/runs").body, "it has ended")
+        self.assertEqual([self.fetch(server, path).status for path in paths], [410, 410, 200, 200, 200])
+        old = self.serve({"x": "echo x"}, kept_seconds=0.3)
+        path = self.keep(old, "/x")
+        wait_until(lambda: self.fetch(old, path).status == 410, "it is too old", 3)
+        small = self.serve({"x": "head -c 200000 /dev/zero"}, transcripts_bytes=500_000)
+        paths = [
+            self.keep(small, "/x")
+            for _ in range(3)
+            if wait_until(lambda: b"running" not in self.fetch(small, "/-/runs").body, "") is not None
+        ]
+        wait_until(lambda: b"running" not in self.fetch(small, "/-/runs").body, "they have ended")
+        self.assertEqual([self.fetch(small, path).status for path in paths], [410, 200, 200])
+
+    def test_what_is_no_longer_kept_is_told(self) -> None:
+        server = self.serve({"x": "head -c 300000 /dev/zero"}, transcript_bytes=100_000)
+        path = self.keep(server, "/x")
+        self.ended(server, path)
+        answer = self.fetch(server, path)
+        self.assertTrue(answer.body.startswith(b"[200000 bytes are no longer kept]\n\0"), answer.body[:50])
+        self.assertEqual(len(answer.body), 100_034)
+        self.assertEqual(self.fetch(server, path, headers=["Range: bytes=10-"]).status, 416)
+        self.assertEqual(len(self.fetch(server, path, headers=["Range: bytes=200000-"]).body), 100_000)
+        self.assertIn(b'{"time"', self.fetch(server, f"{path}?format=ndjson").body[:10])
+        self.assertIn(b'"skipped_bytes": 200000', self.fetch(server, f"{path}?format=ndjson").body[:100])
+        self.assertIn(
+            b"event: skipped\nid: 200000\ndata: 200000\n\n", self.fetch(server, f"{path}?format=sse").body[:100]
+        )
+        self.assertIn(b"[200000 bytes are no longer kept]", self.fetch(server, f"{path}?format=html").body)
+
+    def test_closing_the_server_ends_its_kept_runs_and_leaves_nothing(self) -> None:
+        server = self.serve({"x": "!trap '' TERM; echo $$; while :; do sleep 0.05; done"}, grace_seconds=0.2)
+        path = self.keep(server, "/x")
+        wait_until(lambda: self.state(server, path)["bytes"], "it runs")
+        (pid,) = pids_in(self.fetch(server, f"{path}?follow=0").body)
+        client = self.connect(server)
+        client.get(path)
+        client.read_head()
+        server.close()
+        self.assertFalse(is_alive(pid))
+        self.assertFalse(client.read_until(b"\n") and client.is_closed() and client.buffer.endswith(b"0\r\n\r\n"))
+
+    def test_memory_stays_flat(self) -> None:
+        server = self.serve({"x": "head -c 300000000 /dev/zero"})
+        before = resident_bytes()
+        path = self.keep(server, "/x")
+        most = 0
+        while self.state(server, path)["state"] == "running":
+            most = max(most, resident_bytes())
+        self.assertLess(most - before, 6 << 20)
+
+
+class Waiting(KeptCase):
+    def test_the_answer_comes_at_the_end_with_status_length_and_exit_code(self) -> None:
+        server = self.serve({"x": "!echo out; sleep 0.2; exit {n:int=0}"})
+        for n, status in ((0, 200), (3, 500)):
+            answer = self.fetch(server, f"/x?n={n}&wait")
+            self.assertEqual(
+                (answer.status, answer.headers["exit-code"], answer.headers["content-length"]), (status, str(n), "4")
+            )
+            self.assertEqual(answer.body, b"out\n")
+        path = self.keep(server, "/x?n=4")
+        answer = self.fetch(server, f"{path}?wait=1")
+        self.assertEqual((answer.status, answer.headers["exit-code"], answer.body), (500, "4", b"out\n"))
+        self.assertEqual(len(json.loads(self.fetch(server, "/-/runs", headers=[JSON]).body)["runs"]), 1)
+
+    def test_curl_fails_where_the_command_does(self) -> None:
+        if not shutil.which("curl"):
+            self.skipTest("curl is not installed")
+        server = self.serve({"x": "!exit {n:int}"})
+        for n, code in ((0, 0), (2, 22)):
+            self.assertEqual(
+                subprocess.run(["curl", "-sS", "--fail", f"{server.url}/x?n={n}&wait"], stderr=-3).returncode, code
+            )
+
+    def test_a_client_that_leaves_ends_the_run(self) -> None:
+        note = self.folder / "pid"
+        server = self.serve({"x": f"!echo $$ > {note}; exec sleep 300"})
+        client = self.connect(server)
+        client.get("/x?wait")
+        wait_until(lambda: note.exists() and note.read_text(), "it runs")
+        (pid,) = pids_in(note.read_bytes())
+        client.sock.close()
+        wait_until(lambda: not is_alive(pid), "it is gone", 3)
+
+    def test_what_cannot_wait_or_be_kept_is_told(self) -> None:
+        server = self.serve({"x": Command("cat", stdin=True), "y": "true"})
+        self.assertIn(b"takes no input", self.fetch(server, "/x?wait", "PUT", [], b"a").body)
+        self.assertIn(b"parameter 'tail' is of no use", self.fetch(server, "/y?tail=1").body)
+        self.assertIn(b"must be 0 or 1", self.fetch(server, "/y?wait=2").body)
+
+
+class Shared(KeptCase):
+    def test_a_second_client_joins_the_run_with_equal_values(self) -> None:
+        count, gate = self.folder / "count", self.folder / "gate"
+        os.mkfifo(gate)
+        script = f"!echo run >> {count}; echo {{x=a}} first; read line < {gate}; echo last"
+        server = self.serve({"x": Command(script, shared=True)})
+        clients = []
+        for path in ("/x", "/x?x=a", "/x?tail=0"):
+            client = self.connect(server)
+            client.get(path)
+            client.read_head()
+            if "tail" not in path:
+                self.assertEqual(client.read_chunk(), b"a first\n")
+            clients.append(client)
+        self.assertEqual(count.read_text(), "run\n")
+        gate.write_text("\n")
+        for client in clients:
+            self.assertEqual(client.read_chunk(), b"last\n")
+            self.assertEqual(client.read_until(b"\r\n\r\n"), b"0\r\nExit-Code: 0\r\n\r\n")
+        with self.connect(server) as other:
+            other.get("/x?x=b")
+            other.read_head()
+            self.assertEqual(other.read_chunk(), b"b first\n")
+
+    def test_it_ends_when_its_last_viewer_has_been_gone_for_the_linger_time(self) -> None:
+        server = self.serve({"x": Command("!echo $$; exec sleep 300", shared=True)}, linger_seconds=0.5)
+        one, two = self.connect(server), self.connect(server)
+        for client in (one, two):
+            client.get("/x")
+            client.read_head()
+        (pid,) = pids_in(one.read_chunk() or b"")
+        one.sock.close()
+        time.sleep(0.7)
+        self.assertTrue(is_alive(pid), "there is a viewer")
+        two.sock.close()
+        time.sleep(0.2)
+        self.assertTrue(is_alive(pid), "one may come back")
+        with self.connect(server) as again:
+            again.get("/x")
+            again.read_head()
+            self.assertEqual(list(pids_in(again.read_chunk() or b"")), [pid])
+        wait_until(lambda: not is_alive(pid), "it ends", 3)
+
+    def test_an_eventsource_resumes_and_never_starts_a_second_run(self) -> None:
+        gate = self.folder / "gate"
+        os.mkfifo(gate)
+        server = self.serve({"x": Command(f"!echo one; echo two; read line < {gate}", shared=True)})
+        with self.connect(server) as client:
+            client.get("/x", headers=["Accept: text/event-stream"])
+            client.read_until(b"data: two\n\n")
+        resumed = self.connect(server)
+        resumed.get("/x", headers=["Accept: text/event-stream", "Last-Event-ID: 4"])
+        self.assertIn(b"id: 8\ndata: two\n\n", resumed.read_until(b"two\n\n"))
+        gate.write_text("\n")
+        resumed.read_until(b"event: exit")
+        wait_until(lambda: b"running" not in self.fetch(server, "/-/runs").body, "it has ended")
+        self.assertEqual(
+            self.fetch(server, "/x", headers=["Accept: text/event-stream", "Last-Event-ID: 8"]).status, 204
+        )
+
+    def test_two_that_come_at_once_get_one_run(self) -> None:
+        count = self.folder / "count"
+        server = self.serve({"x": Command(f"!echo run >> {count}; sleep 0.3; echo done", shared=True)})
+        bodies = []
+        threads = [threading.Thread(target=lambda: bodies.append(self.fetch(server, "/x").body)) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual((bodies, count.read_text()), ([b"done\n"] * 20, "run\n"))
+
+    def test_it_takes_no_input(self) -> None:
+        with self.assertRaisesRegex(ConfigError, "takes no input"):
+            Command("cat", shared=True, stdin=True)
+
+    def test_standard_input_is_served_to_any_number(self) -> None:
+        with Program("-p", "0", "-q", "-", stdin=subprocess.PIPE) as program:
+            stdin = program.process.stdin
+            assert stdin
+            clients = [program.connect() for _ in range(3)]
+            for client in clients:
+                self.addCleanup(client.sock.close)
+                client.get("/stdin")
+                client.read_head()
+            for line in ("one\n", "two\n"):
+                stdin.write(line)
+                stdin.flush()
+                for client in clients:
+                    self.assertEqual(client.read_chunk(), line.encode())
+            stdin.close()
+            for client in clients:
+                self.assertEqual(client.read_until(b"\r\n\r\n"), b"0\r\nExit-Code: 0\r\n\r\n")
+            self.assertEqual(program.fetch("/stdin?tail=1").body, b"two\n")
+            program.process.stdin = None
+        self.assertIn("standard input can be served once", run_program("-p", "0", "-", "x=-").stderr)
+
+
+class Crowds(KeptCase):
+    def test_readers_that_join_at_random_moments_get_identical_bytes(self) -> None:
+        server = self.serve({"x": "!seq 1 50000; sleep 0.3; seq 50001 100000"}, max_runs=10)
+        path = self.keep(server, "/x")
+        count = 500 if SOAK >= 1000 else 60
+        wanted = hashlib.sha256(HUNDRED_THOUSAND).digest()
+        dice = random.Random(3)
+        got: list[bool] = []
+
+        def read(delay: float) -> None:
+            time.sleep(delay)
+            answer = self.fetch(server, path)
+            got.append(answer.is_whole and hashlib.sha256(answer.body).digest() == wanted)
+
+        threads = [threading.Thread(target=read, args=(dice.random() * 0.6,)) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(got, [True] * count)
+
+    def test_a_thousand_viewers_and_one_that_does_not_read(self) -> None:
+        gate = self.folder / "gate"
+        os.mkfifo(gate)
+        server = self.serve({"x": f"!head -c 8000000 /dev/zero; read line < {gate}; echo; echo end"})
+        path = self.keep(server, "/x")
+        wait_until(lambda: self.state(server, path)["bytes"] == 8_000_000, "all is kept")
+        stuck = self.connect(server, receive_buffer=4096)
+        stuck.get(path)
+        stuck.read_head()
+        viewers = [self.connect(server) for _ in range(1000 if SOAK >= 1000 else 200)]
+        for viewer in viewers:
+            viewer.get(f"{path}?tail=0")
+        for viewer in viewers:
+            viewer.read_head()
+        gate.write_text("\n")
+        for viewer in viewers:
+            self.assertIn(b"end\n", viewer.read_until(b"Exit-Code: 0"))
+            viewer.sock.close()
+
+    def test_stop_races_exit(self) -> None:
+        server = self.serve({"x": "true"}, kept_runs=10)
+        for number in range(SOAK):
+            path = self.keep(server, "/x")
+            if number % 3:
+                time.sleep(random.Random(number).random() / 200)
+            self.assertEqual(self.fetch(server, path, "DELETE").status, 202)
+            state = self.ended(server, path)
+            self.assertIn((state["exit_code"], state["reason"]), ((0, "exit"), (143, "on request"), (0, "on request")))
+
+    def test_one_run_is_started_watched_resumed_and_stopped_from_many_sides(self) -> None:
+        if not shutil.which("curl"):
+            self.skipTest("curl is not installed")
+        gate = self.folder / "gate"
+        os.mkfifo(gate)
+        server = self.serve({"x": f"!seq 1 60000; read line < {gate}; seq 60001 100000; exec sleep 300"})
+        url = subprocess.run(["curl", "-s", f"{server.url}/x?async=1"], stdout=-1, text=True).stdout.strip()
+        path = url.partition("/-/")[1] + url.partition("/-/")[2]
+        wait_until(lambda: self.state(server, path)["bytes"] > 300_000, "the first part is there")
+        part = self.folder / "part"
+        first = subprocess.Popen(["curl", "-sN", "-o", str(part), url])
+        wait_until(lambda: part.exists() and part.stat().st_size > 200_000, "some has come")
+        first.kill()
+        first.wait()
+        watching = [subprocess.Popen(["curl", "-sN", url], stdout=-1) for _ in range(3)]
+        resumed = subprocess.Popen(["curl", "-sN", "-C", "-", "-o", str(part), url])
+        gate.write_text("\n")
+        wait_until(lambda: part.stat().st_size == len(HUNDRED_THOUSAND), "the rest has come")
+        self.assertEqual(part.read_bytes(), HUNDRED_THOUSAND)
+        subprocess.run(["curl", "-s", "-X", "DELETE", url], stdout=-3)
+        for curl in watching:
+            out = curl.communicate(timeout=10)[0]
+            self.assertEqual((curl.returncode, out[: len(HUNDRED_THOUSAND)] == HUNDRED_THOUSAND), (18, True))
+        resumed.wait(10)
+        left = subprocess.run(["pgrep", "-f", "^sleep 300$"], stdout=-1).stdout
+        self.assertEqual(left, b"")
+
+    def test_a_program_polls_by_state_and_ranges_alone(self) -> None:
+        server = self.serve({"x": "!for i in 1 2 3 4 5; do echo line $i; sleep 0.1; done; exit 2"})
+        path = self.keep(server, "/x")
+        got = b""
+        while True:
+            state = self.state(server, path)
+            answer = self.fetch(server, f"{path}?follow=0", headers=[f"Range: bytes={len(got)}-"])
+            if answer.status == 206:
+                got += answer.body
+            if state["state"] == "ended" and len(got) == state["bytes"]:
+                break
+            time.sleep(0.05)
+        self.assertEqual((got, state["exit_code"]), (b"".join(b"line %d\n" % n for n in range(1, 6)), 2))
+
+
+class Faults(KeptCase):
+    def test_a_server_that_is_ended_stops_its_kept_runs_and_the_next_one_does_not_know_them(self) -> None:
+        note = self.folder / "pid"
+        with Program("-p", "0", f"x=!echo $$ > {note}; exec sleep 300") as program:
+            location = program.fetch("/x?async=1").headers["location"]
+            wait_until(lambda: note.exists() and note.read_text(), "it runs")
+            (pid,) = pids_in(note.read_bytes())
+            program.process.send_signal(signal.SIGTERM)
+            program.end()
+        self.assertFalse(is_alive(pid))
+        with Program("-p", "0", "x=true") as program:
+            self.assertEqual(program.fetch(location).status, 410)
+
+    def test_a_disk_that_fills_up_ends_neither_the_run_nor_its_viewers(self) -> None:
+        server = self.serve(
+            {"x": "!for i in 1 2 3 4 5 6; do head -c 100000 /dev/zero; sleep 0.1; done; echo; echo end"}
+        )
+        real = os.pwrite
+
+        def pwrite(descriptor: int, data: Any, at: int) -> int:
+            if at + len(data) > 250_000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(descriptor, data, at)
+
+        with mock.patch.object(os, "pwrite", pwrite), self.log_of() as logged:
+            path = self.keep(server, "/x")
+            live = self.fetch(server, path)
+            self.ended(server, path)
+        self.assertTrue(live.is_whole)
+        self.assertIn(b"\nend\n", live.body)
+        self.assertTrue(any("No space left" in line for line in logged.output))
+        self.assertEqual(self.state(server, path)["bytes"], 600_005)
+        self.assertIn(b"bytes are no longer kept]", self.fetch(server, path).body)
+
+    def test_a_folder_that_is_gone_is_a_503_that_says_what_to_do(self) -> None:
+        server = self.serve({"x": "true"}, transcripts="/nowhere")
+        answer = self.fetch(server, "/x?async=1")
+        self.assertEqual((answer.status, b"--transcripts" in answer.body), (503, True))
+        self.assertFalse(any(server.site._runs.values()))
+
+    def test_nothing_is_left_of_many_runs(self) -> None:
+        server = self.serve({"x": "echo x", "no": "no-such-program"}, kept_runs=5)
+        for _ in range(10):
+            self.ended(server, self.keep(server, "/x"))
+        before = descriptors()
+        for _ in range(SOAK // 4):
+            self.ended(server, self.keep(server, "/x"))
+            self.fetch(server, "/x?wait")
+            self.fetch(server, "/no?async=1")
+        wait_until(lambda: len(descriptors()) <= len(before), "no more are open than before")
+
+
+@unittest.skipUnless(browser.IS_THERE, "no Chromium with its driver")
+class Page(BrowserCase):
+    def test_a_run_is_started_in_the_background_opened_and_stopped(self) -> None:
+        note = self.folder / "pid"
+        server = self.serve({"x": f"!echo $$ > {note}; echo hello; exec sleep 300"})
+        self.browser.open(f"{server.url}/")
+        self.see("document.querySelector('[aria-label=\"Start x in the background\"]')", "the page")
+        self.browser.click("[aria-label='Start x in the background']")
+        self.see("/hello/.test(frames.view.document.body.innerText)", "its output")
+        pid = self.pid(note)
+        self.browser.click("[aria-label='Stop x']")
+        self.see("/Nothing is running/.test(frames.view.document.body.innerText)", "the idle page")
+        self.assertTrue(is_alive(pid), "it goes on")
+        self.browser.frame("iframe.runs")
+        self.see("/x\\s.*running/.test(document.body.innerText)", "it is listed")
+        self.browser.click("a")
+        self.browser.frame()
+        self.see("/hello/.test(frames.view.document.body.innerText)", "its output again")
+        self.browser.frame("iframe.runs")
+        self.browser.click("button")
+        wait_until(lambda: not is_alive(pid), "it is stopped", 5)
+        self.see("/stopped: on request/.test(document.body.innerText)", "and listed so")
+        self.assertEqual(self.browser.errors(), [])
