@@ -2834,14 +2834,25 @@ class Kept:
         self.views = 0
         self.is_dropped = False
         self._left_at = time.monotonic()  # when the last view has gone
-        self._wakes, self._waker = os.pipe()
-        os.set_blocking(self._waker, False)
+        self._wakes = self._waker = -1
 
     def start(self, shelf: _Shelf, run: Run) -> None:
-        """Read the run out, in a thread. Raises RuntimeError if none can be had."""
+        """Read the run out, in a thread. Raises OSError or RuntimeError if it cannot be had."""
         self.run = run
         self.thread = threading.Thread(target=self._record, args=(shelf,), daemon=True, name=f"streamlog-kept {run}")
-        self.thread.start()
+        self._wakes, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
+        try:
+            self.thread.start()
+        except RuntimeError:
+            self._close_waker()
+            raise
+
+    def _close_waker(self) -> None:
+        with self.lock:
+            for descriptor in (self._wakes, self._waker):
+                os.close(descriptor)
+            self._wakes = self._waker = -1
 
     def _record(self, shelf: _Shelf) -> None:
         run = self.run
@@ -2862,11 +2873,8 @@ class Kept:
             _log.exception("a bug: kept run of %s", self.name)
         finally:
             run.close()
-            with self.lock:
-                os.close(self._wakes)
-                os.close(self._waker)
-                self._wakes = self._waker = -1
-                self.ended_at = time.time()
+            self._close_waker()
+            self.ended_at = time.time()
             self.transcript.finish(run.outcome)
             shelf.end(self)
 
@@ -3024,17 +3032,16 @@ class _Shelf:
                     with self._lock:
                         if self._is_closed:
                             raise _busy(_SHUTTING_DOWN)
+                        kept.start(self, run)
                         self._kept[kept.id] = kept
-                    kept.start(self, run)
                 except BaseException:
-                    self._kept.pop(kept.id, None)
                     run.close()
                     raise
             except BaseException:
                 kept.transcript.close()
                 raise
-        except RuntimeError as error:
-            raise _shortage(OSError(errno.EAGAIN, str(error))) from None
+        except (OSError, RuntimeError) as error:
+            raise _shortage(error if isinstance(error, OSError) else OSError(errno.EAGAIN, str(error))) from None
         return kept
 
     def share(self, kept: Kept, make: Callable[[], Run]) -> Kept:
