@@ -2718,17 +2718,20 @@ class Transcript:
         try:
             self._put(max(self.end, end - self._size), data[-self._size :])
         except OSError as error:
-            _log.warning("a transcript cannot be written (%s): the newest %d bytes are kept", error.strerror, self.end)
-            self._shrink(end)
+            self._shrink(end, error)
         with self._lock:
             self.end = end
             self._wake()
 
-    def _shrink(self, end: int) -> None:
+    def _shrink(self, end: int, error: OSError) -> None:
         """Do with what the disk has taken, from here on; what it has not taken now is lost."""
-        if self.end < self._size:
-            self._grow(self._room - max(self.end, _TRANSCRIPT_MIN_BYTES))
-            self._size = self._room = max(self.end, _TRANSCRIPT_MIN_BYTES)
+        room = max(self.end, _TRANSCRIPT_MIN_BYTES)
+        if room < self._size:
+            _log.warning(
+                "a transcript cannot grow (%s): the newest %d bytes of that run are kept", error.strerror, room
+            )
+            self._grow(room - self._room)
+            self._size = self._room = room
         with self._lock:
             self._forget(end)
 
@@ -2858,13 +2861,9 @@ class Kept:
         run = self.run
         try:
             while not run.is_over:
-                with self.lock:
-                    deadline = math.inf if self.views else self._left_at + self.linger_seconds
-                ready = run.wait({self._wakes: select.POLLIN}, deadline=math.inf if run.reason else deadline)
+                ready = run.wait({self._wakes: select.POLLIN}, deadline=self._check_views())
                 if ready.pop(self._wakes, 0):
                     os.read(self._wakes, 1024)
-                elif time.monotonic() >= deadline:
-                    run.stop(_UNWATCHED)
                 for descriptor in ready:
                     data = run.read(descriptor)
                     if data:
@@ -2877,6 +2876,14 @@ class Kept:
             self.ended_at = time.time()
             self.transcript.finish(run.outcome)
             shelf.end(self)
+
+    def _check_views(self) -> float:
+        """Stop the run if it has been without a view for too long; the moment to look again."""
+        with self.lock:  # who enters by it either keeps the run from this, or finds that it is ending
+            deadline = self._left_at + self.linger_seconds
+            if not self.views and time.monotonic() >= deadline:
+                self.run.stop(_UNWATCHED)
+            return math.inf if self.views or self.run.reason else deadline
 
     def stop(self, reason: str) -> None:
         """Ask it to end. Any thread may; its own is woken, to look after the grace time."""
@@ -3050,7 +3057,9 @@ class _Shelf:
             found = self.find_shared(kept.name, kept.values)
             if found:
                 found.enter()
-                return found
+                if self.find_shared(kept.name, kept.values):
+                    return found
+                found.leave()
             kept.enter()
             self._shared[kept.key] = self.keep(kept, make)
             return kept
@@ -4106,16 +4115,18 @@ class Site:
 
     def _find_way(self, name: str, command: Command, request: Request, given: Mapping[str, str]) -> str:
         """Whether the run is to be kept, and how: async, wait or shared. Raises Error where it cannot be."""
-        prefers = re.split(r"[ \t]*[,;][ \t]*", request.headers.get("prefer", "").lower())
-        is_async = _is_on(given, "async") or ("respond-async" in prefers and "async" not in given)
-        way = "async" if is_async else "wait" if _is_on(given, "wait") else "shared" if command.shared else ""
+        can_keep = self.shelf is not None and name in self._commands and not (command.stdin and request.has_body)
+        is_preferred = "respond-async" in re.split(r"[ \t]*[,;][ \t]*", request.headers.get("prefer", "").lower())
+        way = "shared" if command.shared else ""
+        for switch in ("wait", "async"):
+            if _is_on(given, switch):
+                way = switch
+                if not can_keep:
+                    raise Error(f"parameter {switch!r} is of no use: a run is kept by the server itself, without input")
+        if is_preferred and can_keep and "async" not in given:  # a preference may be left aside (RFC 7240 section 2)
+            way = "async"
         if "tail" in given and way != "shared":
             raise Error(f"parameter 'tail' is of no use: {name!r} is not shared")
-        if way in ("async", "wait"):
-            if self.shelf is None or name not in self._commands:
-                raise Error(f"{name!r} cannot be kept: runs are by the server itself, and of commands")
-            if command.stdin and request.has_body:
-                raise Error("a run that is kept takes no input: leave out async and wait")
         return way if self.shelf else ""
 
     def _keep(
@@ -4709,7 +4720,7 @@ class _Handler(socketserver.BaseRequestHandler):
                 outcome = outcome._replace(reason=self._client.lost)
             if reply.name:
                 self.server.site.record(reply.name, outcome, self._body_bytes)
-            exit_code, end = str(outcome.exit_code), outcome.reason
+            exit_code, end = str(outcome.exit_code) if outcome.is_known else "-", outcome.reason
             is_reusable = is_reusable and not end
         _log.info(
             'client=%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
