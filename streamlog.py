@@ -2714,33 +2714,36 @@ class Transcript:
             if self._streams[-1] != stream:
                 self._changes.append(self.end)
                 self._streams.append(stream)
-            self._forget(end - self._size)
         try:
-            self._put(max(self.end, end - self._size), data[-self._size :])
+            self._put(end, data)
         except OSError as error:
-            self._shrink(end, error)
+            self._shrink(error)
+            try:
+                self._put(end, data)
+            except OSError:  # what the disk does not take now is lost
+                with self._lock:
+                    self._forget(end)
         with self._lock:
             self.end = end
             self._wake()
 
-    def _shrink(self, end: int, error: OSError) -> None:
-        """Do with what the disk has taken, from here on; what it has not taken now is lost."""
+    def _shrink(self, error: OSError) -> None:
+        """Do with what the disk has taken, from here on."""
         room = max(self.end, _TRANSCRIPT_MIN_BYTES)
         if room < self._size:
-            _log.warning(
-                "a transcript cannot grow (%s): the newest %d bytes of that run are kept", error.strerror, room
-            )
+            said = "a transcript cannot grow (%s): the newest %d bytes of that run are kept"
+            _log.warning(said, error.strerror, room)
             self._grow(room - self._room)
             self._size = self._room = room
-        with self._lock:
-            self._forget(end)
 
-    def _put(self, offset: int, data: bytes) -> None:
-        view = memoryview(data)
+    def _put(self, end: int, data: bytes) -> None:
+        """Write data that ends at an offset, over the oldest."""
+        with self._lock:
+            self._forget(end - self._size)
+        view = memoryview(data)[-self._size :]
         while view:
-            at = offset % self._size
-            count = os.pwrite(self._file.fileno(), view[: self._size - at], at)
-            offset, view = offset + count, view[count:]
+            at = (end - len(view)) % self._size
+            view = view[os.pwrite(self._file.fileno(), view[: self._size - at], at) :]
 
     def _forget(self, start: int) -> None:
         """Keep nothing from before an offset. To be called with the lock."""
@@ -2925,6 +2928,14 @@ class Kept:
         if is_unused:
             self.transcript.close()
 
+    def disown(self) -> None:
+        """Let go of all descriptors, in a process that was forked off."""
+        self.lock = threading.Lock()
+        self.run.disown()
+        self.transcript.close()
+        if self._waker >= 0:
+            self._close_waker()
+
     @property
     def key(self) -> tuple[str, frozenset[tuple[str, str]]]:
         """What another run must have in common with it, for both to be one."""
@@ -2982,7 +2993,7 @@ class _Replay(_View):
 
     def _take(self, descriptor: int, size: int) -> bytes:
         transcript = self._kept.transcript
-        while True:
+        while not self.reason:  # or else nobody wants to see more
             at, self.stream, data = transcript.read(self._offset, int(min(size, self._stop - self._offset)))
             self.skipped_bytes += max(0, at - self._offset)
             self._offset = at + len(data)
@@ -2995,6 +3006,7 @@ class _Replay(_View):
             if transcript.outcome and transcript.end <= self._offset:
                 return b""
             self.wake()
+        return b""
 
     def _leave(self) -> None:
         self._kept.transcript.forget_view(self)
@@ -3072,13 +3084,13 @@ class _Shelf:
 
     def end(self, kept: Kept) -> None:
         """Take note of a run that has ended."""
-        self._on_end(kept)
         with self._lock:
             if self._shared.get(kept.key) is kept and not kept.command.is_source:  # which cannot be begun anew
                 del self._shared[kept.key]
             if not kept.linger_seconds:
                 self._drop(kept)
         self.expire()
+        self._on_end(kept)
 
     def find(self, id_: str) -> Kept:
         """The kept run of an id. Raises Error."""
@@ -3148,9 +3160,9 @@ class _Shelf:
 
     def disown(self) -> None:
         """Let go of all descriptors, in a process that was forked off."""
+        self._lock = threading.RLock()  # some other thread of the parent may have it
         for kept in self._kept.values():
-            kept.run.disown()
-            kept.transcript.close()
+            kept.disown()
         self._kept.clear()
 
 
