@@ -1794,6 +1794,8 @@ _SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", 1031 if sys.platform == "linux" 
 _ABANDON_SECONDS = 2.0
 _GROUP_CHECK_SECONDS = 0.05
 _GROUP_CHECK_MAX_SECONDS = 0.4
+_HANG_UP_SECONDS = 0.3  # for who cleans up on SIGTERM, before the terminal hangs up
+_REMIND_SECONDS = 0.25
 
 
 _POLL_MAX_MILLISECONDS = 2**31 - 1  # a C int: callers look at the clock again
@@ -1837,11 +1839,14 @@ _TAKE_TERMINAL = """
 import fcntl, os, signal, sys, termios
 status = int(sys.argv[1])
 os.set_inheritable(status, False)
+os.environ.pop("LC_CTYPE", None)
+if sys.argv[2]:
+    os.environ["LC_CTYPE"] = sys.argv[2]
 for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and that is inherited
     signal.signal(getattr(signal, name), signal.SIG_DFL)
 try:
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
-    os.execvp(sys.argv[2], sys.argv[2:])
+    os.execvp(sys.argv[3], sys.argv[3:])
 except OSError as error:
     os.write(status, b"%d" % error.errno)
     os._exit(127)
@@ -1867,58 +1872,75 @@ def _open_terminal(size: tuple[int, int], has_echo: bool) -> tuple[int, int]:
     return ours, theirs
 
 
-def _start_on_terminal(launch: Launch, terminal: int, options: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+def _start_on_terminal(launch: Launch, options: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     """Start a program whose session has a terminal. Raises OSError if it cannot be started."""
     status, told = os.pipe()
     with open(status, "rb", buffering=0) as reader:
         with open(told, "wb", buffering=0):
-            argv = [sys.executable, "-I", "-S", "-c", _TAKE_TERMINAL, str(told), *launch.argv]
-            stdin = terminal if launch.has_input else subprocess.DEVNULL
-            process = subprocess.Popen(argv, stdin=stdin, pass_fds=[told], **options)
-        # What it inherits of that pipe is closed once it is the program.
-        said = reader.read(16) if _poll({status: select.POLLIN}, time.monotonic() + _EXEC_SECONDS) else b""
-    if said:
-        process.wait()
-        raise OSError(int(said), os.strerror(int(said)))
+            # The start is Python, which may set LC_CTYPE where a program would not find it (PEP 538).
+            own = [str(told), launch.env.get("LC_CTYPE", "")]
+            argv = [sys.executable or "python3", "-I", "-S", "-c", _TAKE_TERMINAL, *own, *launch.argv]
+            process = subprocess.Popen(argv, pass_fds=[told], **options)
+        try:
+            # What it inherits of that pipe is closed once it is the program.
+            said = reader.read(16) if _poll({status: select.POLLIN}, time.monotonic() + _EXEC_SECONDS) else b""
+            if said:
+                raise OSError(int(said), os.strerror(int(said)))
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
     return process
 
 
-def _spawn(launch: Launch, terminal_size: tuple[int, int]) -> tuple[subprocess.Popen[bytes], dict[int, str]]:
-    """Start a process in a session of its own; return it and the descriptors of its outputs, by stream.
+class _Ends(NamedTuple):
+    """Our ends of a process's pipes, or its terminal."""
+
+    outputs: dict[int, str]  # streams, by the descriptors to read them from
+    stdin: Optional[int]
+
+
+def _spawn(launch: Launch, terminal_size: tuple[int, int]) -> tuple[subprocess.Popen[bytes], _Ends]:
+    """Start a process in a session of its own.
 
     Raises Error: 500 if it cannot be started, 503 if it cannot be for now.
     """
     outputs: dict[int, str] = {}
-    writers: list[int] = []
-    try:
-        for stream in ("stdout", "stderr") if launch.stderr == "separate" else ("stdout",):
-            is_terminal = launch.pty and stream == "stdout"
-            reader, writer = _open_terminal(terminal_size, launch.pty == "echo") if is_terminal else os.pipe()
-            outputs[reader] = stream
-            writers.append(writer)
-            os.set_blocking(reader, False)
-        options: dict[str, Any] = {
-            "stdout": writers[0],
-            "stderr": subprocess.DEVNULL if launch.stderr == "discard" else writers[-1],
-            "cwd": launch.cwd,
-            "env": launch.env,
-            "start_new_session": True,
-        }
-        if launch.pty:
-            columns, lines = map(str, terminal_size)
-            options["env"] = {**launch.env, "COLUMNS": columns, "LINES": lines}
-            process = _start_on_terminal(launch, writers[0], options)
-        else:
-            stdin = subprocess.PIPE if launch.has_input else subprocess.DEVNULL
-            process = subprocess.Popen(launch.argv, stdin=stdin, **options)
-    except (OSError, ValueError) as error:
-        for reader in outputs:
-            os.close(reader)
-        raise _start_error(launch, error) from None
-    finally:
-        for writer in writers:
-            os.close(writer)
-    return process, outputs
+    stdin = None
+    with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        try:
+            writers = []
+            for stream in ("stdout", "stderr") if launch.stderr == "separate" else ("stdout",):
+                is_terminal = launch.pty and stream == "stdout"
+                reader, writer = _open_terminal(terminal_size, launch.pty == "echo") if is_terminal else os.pipe()
+                ours.callback(os.close, reader)
+                theirs.callback(os.close, writer)
+                os.set_blocking(reader, False)
+                outputs[reader] = stream
+                writers.append(writer)
+            options: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": writers[0],
+                "stderr": subprocess.DEVNULL if launch.stderr == "discard" else writers[-1],
+                "cwd": launch.cwd,
+                "env": launch.env,
+                "start_new_session": True,
+            }
+            if launch.has_input:
+                options["stdin"], stdin = (writers[0], os.dup(next(iter(outputs)))) if launch.pty else os.pipe()
+                ours.callback(os.close, stdin)
+                if not launch.pty:
+                    theirs.callback(os.close, options["stdin"])
+            if launch.pty:
+                columns, lines = map(str, terminal_size)
+                options["env"] = {**launch.env, "COLUMNS": columns, "LINES": lines}
+                process = _start_on_terminal(launch, options)
+            else:
+                process = subprocess.Popen(launch.argv, **options)
+        except (OSError, ValueError) as error:
+            raise _start_error(launch, error) from None
+        ours.pop_all()
+    return process, _Ends(outputs, stdin)
 
 
 def _watch_exit_by_kqueue(pid: int) -> int:  # pragma: no cover (not on Linux)
@@ -1982,6 +2004,9 @@ def _living_group(pid: int) -> tuple[int, int]:
     return (0, 0) if state in (b"Z", b"X") and threads <= 1 else (group, session)
 
 
+_HAS_PROC = os.path.exists("/proc/self/stat")
+
+
 class _Processes:
     """Which process groups have members that live: one look at /proc serves all the runs that end at a time.
 
@@ -2024,9 +2049,9 @@ class _Stdin:
     """Our end of a command's standard input, which never blocks. One who stops writing in the middle lets go of it only
     when the command has ended, or that would take what it got for all of it."""
 
-    def __init__(self, descriptor: int, is_terminal: bool) -> None:
+    def __init__(self, descriptor: int, on_end: Optional[Callable[[], None]]) -> None:
         self._descriptor = descriptor
-        self._is_terminal = is_terminal
+        self._on_end = on_end  # of a terminal's
         self._is_in_line = False
         os.set_blocking(descriptor, False)
 
@@ -2036,7 +2061,7 @@ class _Stdin:
     def end_mark(self, last: bytes) -> bytes:
         """What tells the end behind the last piece: on a terminal VEOF, within a line twice (termios(3))."""
         is_in_line = not last.endswith(b"\n") if last else self._is_in_line
-        return b"\x04\x04"[: 1 + is_in_line] if self._is_terminal else b""
+        return b"\x04\x04"[: 1 + is_in_line] if self._on_end else b""
 
     def write(self, data: memoryview) -> memoryview:
         """Write what goes; the rest is returned. Raises BrokenPipeError once nobody reads it."""
@@ -2048,6 +2073,12 @@ class _Stdin:
             raise BrokenPipeError("the command takes no more input") from error
         self._is_in_line = data[count - 1] != 10
         return data[count:]
+
+    def end(self) -> None:
+        """Close it, all having been written."""
+        if self._on_end and self._descriptor >= 0:
+            self._on_end()
+        self.close()
 
     def close(self) -> None:
         """Let go of it. May be called twice."""
@@ -2123,7 +2154,9 @@ class Run:
             watched.update(dict.fromkeys(self.outputs, select.POLLIN))
         if self._exit_watch is not None:
             watched[self._exit_watch] = select.POLLIN
-        ready = _poll(watched, min(deadline, self._deadline))
+        # No longer than the grace time: another thread may stop the run meanwhile, which does not wake this one.
+        limit = time.monotonic() + max(_GROUP_CHECK_MAX_SECONDS, self._settings.grace_seconds)
+        ready = _poll(watched, min(deadline, self._deadline, limit))
         if self._exit_watch is not None and ready.pop(self._exit_watch, 0):
             self._note_exit()
         return ready
@@ -2280,9 +2313,10 @@ class Process(Run):
 
     def __init__(self, launch: Launch, settings: Settings, timeout: Optional[float], release: _Release) -> None:
         super().__init__(settings, timeout, release)
-        self._process, self.outputs = _spawn(launch, settings.terminal_size)
+        self._process, ends = _spawn(launch, settings.terminal_size)
+        self.outputs, self._stdin = ends
         self._terminal = next(iter(self.outputs)) if launch.pty else None
-        self._has_input = launch.has_input
+        self._groups = {self._process.pid}  # of its session, where that has a terminal
         self._reaped_at = math.inf
         self._check_seconds = _GROUP_CHECK_SECONDS
         if settings.child_nofile and hasattr(resource, "prlimit"):
@@ -2295,13 +2329,25 @@ class Process(Run):
             raise _shortage(error) from None
 
     def take_input(self) -> Optional[_Stdin]:
-        if self._terminal is not None:
-            return _Stdin(os.dup(self._terminal), True) if self._has_input else None
-        pipe, self._process.stdin = self._process.stdin, None
-        if pipe is None:
+        stdin, self._stdin = self._stdin, None
+        if stdin is None:
             return None
-        with pipe:
-            return _Stdin(os.dup(pipe.fileno()), False)
+        return _Stdin(stdin, self._watch_terminal if self._terminal is not None else None)
+
+    def _watch_terminal(self) -> None:
+        """Tell the end of the input again to a program that has made the terminal its own since: what was said of it
+        before is lost then (termios(3), ICANON)."""
+        if self._terminal in self.outputs:
+            with contextlib.suppress(OSError, termios.error):
+                if not termios.tcgetattr(self._terminal)[3] & termios.ICANON:
+                    os.write(self._terminal, b"\x04")
+            self._due[self._watch_terminal] = time.monotonic() + _REMIND_SECONDS
+
+    def _finish(self) -> None:
+        super()._finish()
+        stdin, self._stdin = self._stdin, None
+        if stdin is not None:
+            os.close(stdin)
 
     def _undo_start(self) -> None:
         self._release = None
@@ -2325,10 +2371,14 @@ class Process(Run):
         return Outcome(self.exit_code or 0, self.reason, self.seconds, -returncode if (returncode or 0) < 0 else None)
 
     def _ask(self) -> None:
-        if self._terminal is not None:  # an interactive shell ends when its terminal goes, and by SIGTERM it does not
-            self._signal(signal.SIGHUP)
         self._signal(signal.SIGTERM)
         self._signal(signal.SIGCONT)  # a process that is stopped acts on SIGTERM only once it goes on
+        if self._terminal is not None:
+            self._due[self._hang_up] = time.monotonic() + _HANG_UP_SECONDS
+
+    def _hang_up(self) -> None:
+        """End an interactive shell: it does when its terminal goes, and not by SIGTERM."""
+        self._signal(signal.SIGHUP)
 
     def _force(self) -> None:
         self._signal(signal.SIGKILL)
@@ -2338,8 +2388,9 @@ class Process(Run):
         with self._lock:
             if self._process.returncode is not None and self._is_number_reused():
                 return
-            others = _processes.groups(self.pid, time.monotonic()) if self._terminal is not None else None
-            for group in {self.pid} | (others or set()):
+            if self._terminal is not None:  # or, where there is no looking now, those that were there before
+                self._groups = {self.pid} | (_processes.groups(self.pid, time.monotonic()) or self._groups)
+            for group in self._groups:
                 # It may be empty, and may hold processes that are another user's (kill(2)).
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(group, number)
@@ -2367,6 +2418,8 @@ class Process(Run):
         if self._is_group_empty():
             self._finish()
         else:
+            if self._abandon in self._due:  # it was to be killed: what has come, or come to light, since is too
+                self._force()
             self._due[self._check_group] = time.monotonic() + self._check_seconds
             self._check_seconds = min(2 * self._check_seconds, _GROUP_CHECK_MAX_SECONDS)
 
@@ -2376,7 +2429,10 @@ class Process(Run):
             try:
                 os.killpg(self.pid, 0)
             except ProcessLookupError:
-                return self._terminal is None or not _processes.groups(self.pid, self._reaped_at)
+                if self._terminal is None:
+                    return True
+                living = _processes.groups(self.pid, self._reaped_at)
+                return not living if living is not None else not _HAS_PROC
             if self._is_number_reused():
                 return True
         living = _processes.groups(self.pid, self._reaped_at)
@@ -4643,11 +4699,12 @@ class _Upload:
         except BrokenPipeError:  # it wants no more, which is no mistake: the rest of the body is read over
             self._held = memoryview(b"")
             self.close()
-        if self._is_whole and not self._held:
-            self.close()
+        if self._is_whole and not self._held and self._stdin:
+            self._stdin.end()
+            self._stdin = None
 
     def close(self) -> None:
-        """Close the command's standard input. May be called twice."""
+        """Let go of the command's standard input. May be called twice."""
         stdin, self._stdin = self._stdin, None
         if stdin:
             stdin.close()
@@ -4923,6 +4980,8 @@ class _Handler(socketserver.BaseRequestHandler):
                 self._write(format_.pause(), is_chunked)
 
     def _take_input(self, upload: _Upload) -> None:
+        if self._client.lost:  # what follows something malformed would be taken for the rest
+            return
         try:
             upload.take(self._client.inbox)
         except Error as error:
@@ -5411,6 +5470,7 @@ class Stream(Iterator[bytes]):
         if self._stdin:
             with contextlib.suppress(BrokenPipeError):
                 self.write(self._stdin.end_mark(b""))
+                self._stdin.end()
         self._drop_stdin()
 
     def _drop_stdin(self) -> None:
@@ -5541,15 +5601,21 @@ class _Body(Stream):
     def __init__(self, site: Site, settings: Settings, reply: Reply, environ: Mapping[str, Any]) -> None:
         assert reply.run
         super().__init__(reply.run, None, settings, reply.format)
-        stdin = reply.run.take_input()
-        if stdin:
-            arguments = (stdin, environ["wsgi.input"], int(environ.get("CONTENT_LENGTH") or -1))
-            threading.Thread(target=self._pass_on, args=arguments, daemon=True, name="streamlog-input").start()
         self._site = site
         self._name = reply.name
         self._sent_bytes = 0
         self._is_recorded = False
         self._ahead.appendleft(b"")  # at which most servers send the head
+        stdin = reply.run.take_input()
+        if stdin:
+            arguments = (stdin, environ["wsgi.input"], int(environ.get("CONTENT_LENGTH") or -1))
+            thread = threading.Thread(target=self._pass_on, args=arguments, daemon=True, name="streamlog-input")
+            try:
+                thread.start()
+            except RuntimeError as error:
+                stdin.close()
+                self.close()
+                raise _shortage(OSError(errno.EAGAIN, str(error))) from None
 
     def _pass_on(self, stdin: _Stdin, body: Any, left: int) -> None:
         """Give the command the request's body, and close its standard input if that was whole; in a thread."""
@@ -5561,12 +5627,14 @@ class _Body(Stream):
                         raise OSError("the body is shorter than it says")
                     left = left - len(piece) if left > 0 else -bool(piece)
                     self._put(stdin, piece if left else piece + stdin.end_mark(piece))
+                stdin.end()
             except BrokenPipeError:
                 raise
             except Exception:  # each server has errors of its own for a client that has left
                 self._run.stop(_CLIENT_GONE)
-                while not self._is_ended:  # or the command would take this for the end of its input
-                    _poll({stdin.fileno(): 0}, time.monotonic() + 1)
+                # Until nobody has it open any more: or the command would take this for the end of its input.
+                while not self._is_ended and not _poll({stdin.fileno(): 0}, time.monotonic() + 1):
+                    pass
 
     def _put(self, stdin: _Stdin, piece: bytes) -> None:
         view = memoryview(piece)
@@ -5801,14 +5869,30 @@ _BLOCKWISE = {
 }
 
 
+def _steps(command: Command) -> Iterator[tuple[list[str], bool]]:
+    """The programs of a command with their arguments, and whether each is the last of its pipeline."""
+    words: list[str] = []
+    tokens = shlex.shlex(command.line.lstrip().lstrip("!"), posix=True, punctuation_chars=command.is_shell)
+    tokens.whitespace_split = True
+    with contextlib.suppress(ValueError):  # quotes that only a shell can tell
+        for token in tokens:
+            if command.is_shell and re.fullmatch(r"[|&;<>()]+", token):
+                yield words, not re.fullmatch(r"\|&?", token)
+                words = []
+            elif words or not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", token):
+                words.append(token)
+        yield words, True
+
+
 def _notes(command: Command) -> Iterator[str]:
     """Why a command may stay silent while it has something to say."""
-    steps = re.split(r"(?<!\|)\|(?!\|)", command.line.lstrip().lstrip("!")) if command.is_shell else [command.line]
-    for at, step in enumerate(steps):
-        program = os.path.basename((step.split() or [""])[0])
+    for words, is_last in _steps(command):
+        program = os.path.basename(words[0]) if words else ""
         remedy = _BLOCKWISE.get(program, "")
-        if remedy and remedy not in step and not (command.pty and step is steps[-1]):
-            other = ", or pty = yes" if at == len(steps) - 1 else ""
+        flag = rf"-[A-Za-z]*{remedy[1:]}[A-Za-z]*" if re.fullmatch("-[a-z]", remedy) else ""
+        has_it = any(re.fullmatch(flag, word) for word in words) if flag else remedy in " ".join(words)
+        if not has_it and not (command.pty and is_last):
+            other = ", or pty = yes" if is_last else ""
             yield f"{program} prints block by block where it is on no terminal: {remedy}{other}"
 
 

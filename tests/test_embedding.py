@@ -409,6 +409,19 @@ class Streams(EmbeddingCase):
             said = b"".join(run)  # a shell may say that its sleep was terminated
             self.assertEqual((said[-4:], run.exit_code), (b"bye\n", 4))
 
+    def test_stop_by_another_thread_leads_to_a_kill(self) -> None:
+        with mock.patch.object(streamlog, "Settings", functools.partial(Settings, grace_seconds=0.5)):
+            run = streamlog.stream("!trap '' TERM; echo $$; while :; do sleep 1 & wait; done")
+            self.addCleanup(run.close)
+            next(run)
+            reader = threading.Thread(target=list, args=(run,))
+            reader.start()
+            time.sleep(0.1)
+            run.stop()
+            reader.join(5)
+            self.assertFalse(reader.is_alive())
+            self.assertEqual(run.exit_code, 137)
+
     def test_a_long_running_child_is_launched_talked_to_and_ended(self) -> None:
         with streamlog.stream(
             [sys.executable, "-iqu"],

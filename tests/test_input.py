@@ -199,6 +199,18 @@ class Bodies(InputCase):
             wait_until(lambda: logged.output, "it is logged")
         self.assertIn('end="a chunk of the body must begin with its size', logged.output[0])
 
+    def test_nothing_is_passed_on_behind_what_is_malformed(self) -> None:
+        got = self.folder / "got"
+        script = f"!trap '' TERM; (while :; do echo tick; sleep 0.05; done) & cat > {got}; echo end >> {got}; sleep 1"
+        server = self.serve({"x": taking(script)}, grace_seconds=0.5)
+        with self.begin(server, "/x") as client:
+            client.read_head()
+            self.send(client, b"first")
+            wait_until(lambda: got.exists() and got.read_bytes() == b"first", "it has come")
+            client.send(b"ZZ\r\n5\r\nworld\r\n0\r\n\r\n")
+            self.assertTrue(client.is_closed())
+        self.assertEqual(got.read_bytes(), b"first")
+
     def test_http_1_0_and_timeouts_hold(self) -> None:
         server = self.serve({"x": taking("cat"), "slow": taking("!cat; sleep 300", timeout=0.3)})
         self.assertEqual(self.fetch(server, "/x", "POST", [], b"abc", version="1.0").body, b"abc")
@@ -448,6 +460,57 @@ class Terminals(InputCase):
         self.assertIn(b"caught\n", answer)
         self.assertIn(b"Exit-Code: 4", answer)
 
+    def test_the_end_of_the_input_reaches_a_shell_that_takes_the_terminal_over(self) -> None:
+        bash = shutil.which("bash")
+        if not bash:
+            self.skipTest("bash is not installed")
+        server = self.serve({"x": taking("bash --norc -i", pty=True), "py": taking(f"{sys.executable} -i", pty=True)})
+        for path, line, said in (("/x", b"echo $((40+2))\n", b"42\n"), ("/py", b"print(40+2)\n", b"42\n")):
+            started = time.monotonic()
+            answer = self.fetch(server, path, "POST", [], line)
+            self.assertIn(said, answer.body)
+            self.assertEqual((answer.is_whole, time.monotonic() - started < 8), (True, True))
+
+    def test_it_may_clean_up_on_sigterm_before_the_terminal_hangs_up(self) -> None:
+        note = self.folder / "note"
+        script = f"!trap 'echo cleaned > {note}; exit 3' TERM; echo up; while :; do sleep 0.05; done"
+        server = self.serve({"x": Command(script, pty=True)})
+        with self.connect(server) as client:
+            client.get("/x")
+            client.read_head()
+            client.read_chunk()
+        wait_until(lambda: note.exists() and note.read_text() == "cleaned\n", "it has cleaned up", 3)
+
+    def test_the_environment_is_as_without_a_terminal(self) -> None:
+        for env in ({"LANG": "C"}, {"LC_CTYPE": "C"}, {"LC_ALL": "C"}):
+            with mock.patch.dict(os.environ, {"LC_CTYPE": "", "LANG": ""}):
+                os.environ.pop("LC_CTYPE")
+                server = self.serve({"x": Command("env", env=env), "y": Command("env", env=env, pty=True)})
+                plain, terminal = (set(self.fetch(server, path).body.splitlines()) for path in ("/x", "/y"))
+            names = {line.partition(b"=")[0] for line in plain ^ terminal}
+            self.assertLessEqual(names, {b"TERM", b"COLUMNS", b"LINES", b"PYTHON_BASIC_REPL"})
+
+    def test_jobs_are_found_though_their_processes_cannot_be_looked_at_in_a_moment(self) -> None:
+        server = self.serve(
+            {"x": Command("!set -m; (trap '' HUP TERM; exec sleep 306) & echo $!; wait", pty=True)}, grace_seconds=0.5
+        )
+        real, failures = os.listdir, [4]
+
+        def listdir(path: str) -> list[str]:
+            if path == "/proc" and failures[0]:
+                failures[0] -= 1
+                raise OSError(24, "too many")
+            return real(path)
+
+        with self.connect(server) as client:
+            client.get("/x")
+            client.read_head()
+            pid = int((client.read_chunk() or b"").split()[0])
+            patched = mock.patch.object(os, "listdir", listdir)
+            patched.start()
+            self.addCleanup(patched.stop)
+        wait_until(lambda: not is_alive(pid), "it is found at last", 8)
+
     def test_mistakes_are_told_at_start(self) -> None:
         for options, told in (({"pty": "loud"}, "pty must be yes, no or echo"), ({"stdin": True}, None)):
             with self.subTest(options=options):
@@ -494,7 +557,8 @@ class Buffering(ServerCase):
                 "b=!tail -F /x | grep y | cut -c1",
                 "c=!tail -F x | grep --line-buffered y",
             ),
-            *("d=grep x /dev/stdin", "e=!grep a x || grep b x"),
+            *("d=grep x /dev/stdin", "e=!grep a x || grep b x", "f=!LC_ALL=C sed -nu p x", "g=!stdbuf -oL cut -c1"),
+            "h=!grep -E 'a|b' --line-buffered x",
         )
         notes = [line.strip() for line in done.stdout.splitlines() if "note:" in line or "/" in line[:8]]
         told = "grep prints block by block where it is on no terminal: --line-buffered"
@@ -506,6 +570,7 @@ class Buffering(ServerCase):
                 "note: cut prints block by block where it is on no terminal: stdbuf -oL, or pty = yes",
                 f"note: {told}, or pty = yes",
                 f"note: {told}, or pty = yes",
+                f"note: {told}, or pty = yes",
             ],
         )
 
@@ -514,4 +579,4 @@ class Buffering(ServerCase):
         with self.connect(server) as client:
             client.get("/x")
             client.read_head()
-            self.assertEqual(client.read_chunk(), b"first\n")
+            client.read_until(b"first")
