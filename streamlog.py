@@ -3084,6 +3084,85 @@ class _Replay(_View):
         return kept
 
 
+# What ends the kept runs of a server that was killed, and so could not: it is told of each by a line of its standard
+# input, and sees the end of that. A group is known by its leader and when that started (proc_pid_stat(5)): the number
+# of one that has gone may be another's by then.
+_GUARD = """
+import os, signal, sys, time
+def since(pid):
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[19]
+    except OSError:
+        return b""
+groups = {}
+for line in sys.stdin:
+    pid = int(line[1:])
+    if line[0] == "+":
+        groups[pid] = since(pid)
+    else:
+        groups.pop(pid, None)
+for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGKILL) if groups else ():
+    if number == signal.SIGKILL:
+        time.sleep(float(sys.argv[1]))
+    for pid, started in groups.items():
+        try:
+            if since(pid) in (b"", started):
+                os.killpg(pid, number)
+        except OSError:
+            pass
+"""
+
+
+class _Guard:
+    """A process that ends kept runs if this one is killed. It is started with the first of them."""
+
+    def __init__(self, grace_seconds: float) -> None:
+        self._grace_seconds = grace_seconds
+        self._process: Optional[subprocess.Popen[bytes]] = None
+        self._lock = threading.Lock()  # guards the process
+
+    def tell(self, sign: str, run: Run) -> None:
+        """Say that a process group is to be ended ("+"), or has ended ("-"). Without a guard it does without."""
+        if not isinstance(run, Process):
+            return
+        with self._lock, contextlib.suppress(OSError):
+            if self._process is None:
+                argv = [sys.executable or "python3", "-I", "-S", "-c", _GUARD, str(self._grace_seconds)]
+                self._process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    start_new_session=True,
+                )
+                assert self._process.stdin
+                os.set_blocking(self._process.stdin.fileno(), False)
+            assert self._process.stdin
+            os.write(self._process.stdin.fileno(), f"{sign}{run.pid}\n".encode())
+
+    def close(self) -> None:
+        """Have it end what is left, and itself. May be called twice."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process and process.stdin:
+            process.stdin.close()
+            try:
+                process.wait(self._grace_seconds + _ABANDON_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def disown(self) -> None:
+        """Let go of it, in a process that was forked off."""
+        self._lock = threading.Lock()
+        if self._process and self._process.stdin:
+            self._process.stdin.close()
+            self._process.returncode = 0  # it is no child of this one
+            self._process = None
+
+
 class _Shelf:
     """The kept runs of a site, and what bounds them: bytes on disk, ended ones, and their age."""
 
@@ -3095,6 +3174,7 @@ class _Shelf:
         self._shared: dict[tuple[str, frozenset[tuple[str, str]]], Kept] = {}  # that go on, by command and values
         self._used_bytes = 0
         self._is_closed = False
+        self._guard = _Guard(settings.grace_seconds)
 
     def keep(self, kept: Kept, make: Callable[[], Run]) -> Kept:
         """Start a run and keep it. Raises Error."""
@@ -3104,6 +3184,7 @@ class _Shelf:
             try:
                 run = make()
                 try:
+                    self._guard.tell("+", run)
                     with self._lock:
                         if self._is_closed:
                             raise _busy(_SHUTTING_DOWN)
@@ -3111,6 +3192,7 @@ class _Shelf:
                         self._kept[kept.id] = kept
                 except BaseException:
                     run.close()
+                    self._guard.tell("-", run)
                     raise
             except BaseException:
                 kept.transcript.close()
@@ -3140,6 +3222,7 @@ class _Shelf:
 
     def end(self, kept: Kept) -> None:
         """Take note of a run that has ended."""
+        self._guard.tell("-", kept.run)
         with self._lock:
             if self._shared.get(kept.key) is kept and not kept.command.is_source:  # which cannot be begun anew
                 del self._shared[kept.key]
@@ -3213,6 +3296,7 @@ class _Shelf:
         with self._lock:
             for kept in list(self._kept.values()):
                 self._drop(kept)
+        self._guard.close()
 
     def disown(self) -> None:
         """Let go of all descriptors, in a process that was forked off."""
@@ -3220,6 +3304,7 @@ class _Shelf:
         for kept in self._kept.values():
             kept.disown()
         self._kept.clear()
+        self._guard.disown()
 
 
 def _transcript_folder(settings: Settings) -> str:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import unittest
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -699,6 +700,24 @@ class Faults(KeptCase):
         self.assertFalse(is_alive(pid))
         with Program("-p", "0", "x=true") as program:
             self.assertEqual(program.fetch(location).status, 410)
+
+    def test_a_server_that_is_killed_leaves_no_kept_run(self) -> None:
+        note = self.folder / "pid"
+        with Program(
+            "-p", "0", "--grace", "0.5", f"x=!echo $$ > {note}; trap '' TERM; sleep 300; sleep 300", "y=true"
+        ) as program:
+            program.fetch("/x?async=1")
+            for _ in range(5):
+                program.fetch("/y?wait")
+            wait_until(lambda: note.exists() and note.read_text(), "it runs")
+            (pid,) = pids_in(note.read_bytes())
+            children = Path(f"/proc/{program.process.pid}/task/{program.process.pid}/children")
+            threads = Path(f"/proc/{program.process.pid}/task").glob("*/children")
+            theirs = [int(child) for path in (children, *threads) for child in path.read_text().split()]
+            program.process.kill()
+            program.end()
+        self.assertIn(pid, theirs)
+        wait_until(lambda: not any(map(is_alive, theirs)), "the run has ended, and who ended it", 5)
 
     def test_a_disk_that_fills_up_ends_neither_the_run_nor_its_viewers(self) -> None:
         server = self.serve(
