@@ -712,7 +712,7 @@ class Faults(KeptCase):
                 program.fetch("/y?wait")
             wait_until(lambda: note.exists() and note.read_text(), "it runs")
             (pid,) = pids_in(note.read_bytes())
-            theirs = []
+            theirs: list[int] = []
             for path in Path(f"/proc/{program.process.pid}/task").glob("*/children"):
                 with contextlib.suppress(OSError):  # a thread that has ended
                     theirs += map(int, path.read_text().split())
