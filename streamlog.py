@@ -1265,6 +1265,7 @@ class Format:
     """
 
     block_bytes = _BLOCK_MAX_BYTES  # how much it takes at a time: less, where it writes much more than it is fed
+    can_skip = False  # whether it can say that something is left out
 
     def __init__(
         self,
@@ -1314,6 +1315,8 @@ class Format:
 
 class Text(Format):
     """Output as it is, for curl and for a browser tab, with notes and timestamps if they are asked for."""
+
+    can_skip = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -1378,6 +1381,7 @@ class _Lines(Format):
     """
 
     block_bytes = _BLOCK_MIN_BYTES
+    can_skip = True
     comment_seconds = math.inf
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -1644,6 +1648,7 @@ class Html(Format):
     """
 
     block_bytes = _BLOCK_MIN_BYTES
+    can_skip = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -2600,7 +2605,7 @@ class _View(Run):
 
     def __init__(self, settings: Settings, timeout: Optional[float], release: _Release) -> None:
         super().__init__(settings, timeout, release)
-        self._guard = threading.Lock()  # guards what follows, and what is to be taken
+        self._guard = threading.RLock()  # guards what follows, and what is to be taken; re-entrant for signal handlers
         self._is_awake = False
         try:
             reader, self._waker = os.pipe()
@@ -2741,7 +2746,7 @@ class Transcript:
 
         self._grow = grow  # asks for more room, in bytes
         self._size = max(size, _TRANSCRIPT_MIN_BYTES)
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.RLock()  # guards what follows; re-entrant, as a signal handler may stop views
         self.start = self.end = 0
         self.outcome: Optional[Outcome] = None
         self._room = _TRANSCRIPT_MIN_BYTES  # what it may use of the disk
@@ -2821,14 +2826,14 @@ class Transcript:
             self.outcome = outcome
             self._wake()
 
-    def read(self, offset: int, limit: int) -> tuple[int, str, bytes]:
-        """Output from an offset on, of one stream: the offset of its first byte, which is later if that is no longer
-        kept, the stream, and the bytes; none at the end."""
+    def read(self, offset: int, limit: int, behind: float = math.inf) -> tuple[int, str, bytes]:
+        """Output from an offset on, and not from `behind` on, of one stream: the offset of its first byte, which is
+        later if that is no longer kept, the stream, and the bytes; none at the end."""
         while True:
             with self._lock:
                 at = max(offset, self.start)
                 index = bisect.bisect_right(self._changes, at)
-                stop = min([*self._changes[index : index + 1], self.end, at + limit])
+                stop = int(min([*self._changes[index : index + 1], self.end, at + limit, behind]))
                 stream = self._streams[index - 1]
             data = self._get(at, stop - at) if stop > at else b""
             if at >= self.start:  # or else it was overwritten meanwhile
@@ -2892,7 +2897,7 @@ class Kept:
         self.transcript: Transcript
         self.run: Run
         self.thread: threading.Thread
-        self.lock = threading.Lock()  # guards what follows
+        self.lock = threading.RLock()  # guards what follows; re-entrant, as a signal handler may stop runs
         self.views = 0
         self.is_dropped = False
         self._left_at = time.monotonic()  # when the last view has gone
@@ -2986,7 +2991,7 @@ class Kept:
 
     def disown(self) -> None:
         """Let go of all descriptors, in a process that was forked off."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.run.disown()
         self.transcript.close()
         if self._waker >= 0:
@@ -3050,7 +3055,7 @@ class _Replay(_View):
     def _take(self, descriptor: int, size: int) -> bytes:
         transcript = self._kept.transcript
         while not self.reason:  # or else nobody wants to see more
-            at, self.stream, data = transcript.read(self._offset, int(min(size, self._stop - self._offset)))
+            at, self.stream, data = transcript.read(self._offset, size, self._stop)
             self.skipped_bytes += max(0, at - self._offset)
             self._offset = at + len(data)
             if data or self._offset >= self._stop or self._waker < 0:
@@ -3079,7 +3084,7 @@ class _Replay(_View):
     def outcome(self) -> Outcome:
         """How the kept run has ended, if this goes to its end."""
         kept = self._kept.transcript.outcome
-        if self.reason or kept is None or self._stop < math.inf:
+        if self.reason or kept is None or self._offset >= self._stop:
             return Outcome(0, self.reason, self.seconds, is_known=bool(self.reason))
         return kept
 
@@ -3190,6 +3195,8 @@ class _Shelf:
                             raise _busy(_SHUTTING_DOWN)
                         kept.start(self, run)
                         self._kept[kept.id] = kept
+                        if self._is_closed:  # meanwhile
+                            kept.stop(_SHUTTING_DOWN)
                 except BaseException:
                     run.close()
                     self._guard.tell("-", run)
@@ -3232,16 +3239,18 @@ class _Shelf:
         self._on_end(kept)
 
     def find(self, id_: str) -> Kept:
-        """The kept run of an id. Raises Error."""
+        """The kept run of an id, entered: `leave` it. Raises Error."""
         if not re.fullmatch(r"[A-Za-z0-9_-]{22}", id_):
             raise Error("there is no such run: an id has 22 letters, digits, '-' and '_'", 404)
-        self.expire()
-        kept = self._kept.get(id_)
-        if kept is None:
-            raise Error("that run is no longer kept, or was another server's: /-/runs has those that are", 410)
+        with self._lock:
+            self.expire()
+            kept = self._kept.get(id_)
+            if kept is None:
+                raise Error("that run is no longer kept, or was another server's: /-/runs has those that are", 410)
+            kept.enter()
         return kept
 
-    def list(self) -> list[Kept]:
+    def runs(self) -> list[Kept]:
         """The kept runs, the newest first."""
         self.expire()
         with self._lock:
@@ -3250,21 +3259,25 @@ class _Shelf:
     def expire(self) -> None:
         """Drop those that have ended and are too old, or too many."""
         with self._lock:
-            ended = [kept for kept in self._kept.values() if kept.ended_at and not kept.command.is_source]
+            ended = self._ended()
             surplus = len(ended) - self._settings.kept_runs
             for at, kept in enumerate(ended):
                 if at < surplus or time.time() - (kept.ended_at or 0) > self._settings.kept_seconds:
                     self._drop(kept)
 
+    def _ended(self) -> list[Kept]:
+        """Those that have ended, the first to do so first; but for standard input, which cannot be begun anew."""
+        ended = [kept for kept in self._kept.values() if kept.ended_at and not kept.command.is_source]
+        return sorted(ended, key=lambda kept: kept.ended_at or 0.0)
+
     def _drop(self, kept: Kept) -> None:
-        del self._kept[kept.id]
-        kept.drop()
+        if self._kept.pop(kept.id, None):
+            kept.drop()
 
     def _grow(self, count: int) -> bool:
         """Take more room for a transcript, if need be from the oldest that has ended; whether there is."""
         with self._lock:
-            ended = (kept for kept in list(self._kept.values()) if kept.ended_at and not kept.views)
-            ended = (kept for kept in ended if not kept.command.is_source)
+            ended = (kept for kept in self._ended() if not kept.views)
             while count > 0 and self._used_bytes + count > self._settings.transcripts_bytes:
                 oldest = next(ended, None)
                 if oldest is None:
@@ -4227,7 +4240,8 @@ class Site:
                 raise Error("the body is the command's input as it is: send it as curl -T or --data-binary does", 415)
         elif request.has_body:
             with self._lock:
-                self._check_slot(name, command)
+                if not command.shared:
+                    self._check_slot(name, command)
             fields += _parse_form(request, read_body)
             values, given = self._sort_fields(name, command.parameters, fields)
         options = _read_options(command, request, given)._replace(title=f"{name}: {command.line}")
@@ -4269,6 +4283,7 @@ class Site:
     def _find_way(self, name: str, command: Command, request: Request, given: Mapping[str, str]) -> str:
         """Whether the run is to be kept, and how: async, wait or shared. Raises Error where it cannot be."""
         can_keep = self.shelf is not None and name in self._commands and not (command.stdin and request.has_body)
+        can_keep = can_keep and not command.is_source  # of which there is one run
         is_preferred = "respond-async" in re.split(r"[ \t]*[,;][ \t]*", request.headers.get("prefer", "").lower())
         way = "shared" if command.shared else ""
         for switch in ("wait", "async"):
@@ -4297,6 +4312,9 @@ class Site:
             if "application/json" in request.accepted:
                 return Reply(202, {"Location": location, "Content-Type": "application/json"}, _json_bytes(kept.state))
             return _text_reply(f"{self._target(request).url}{location}\n", 202, {"Location": location})
+        # A range is of one run: here it would be of another each time.
+        headers = {key: value for key, value in request.headers.items() if key != "range"}
+        request = dataclasses.replace(request, headers=headers)
         kept.linger_seconds = 0 if way == "wait" else self._settings.linger_seconds or 0.001
         if way == "shared":
             kept = shelf.share(kept, start)
@@ -4333,13 +4351,13 @@ class Site:
         length = None
         if is_bare and is_whole and stop is not None and transcript.start <= place.start <= stop <= transcript.end:
             length = stop - place.start
-            run.close()
-            run = _Replay(kept, place.start, stop, self._settings)
+            whole, run = run, _Replay(kept, place.start, stop, self._settings)
+            whole.close()
         if place.is_range:
             last = (stop if stop is not None else _RANGE_MAX) - 1
             headers["Content-Range"] = f"bytes {place.start}-{last}/{transcript.end if outcome else '*'}"
             status = 206
-        if is_bare:
+        if is_bare and request.path.startswith("/-/runs/"):
             headers["Accept-Ranges"] = "bytes"
         is_exact = place.is_range or length is not None or not kept.command.is_plain_text
         format_ = Format() if is_exact else _FORMATS[options.format][0](options)
@@ -4354,8 +4372,14 @@ class Site:
         if request.has_body and request.method != "POST":
             raise Error(f"a {request.method} request takes no body: put parameters into the URL's query")
         kept = shelf.find(request.path[len("/-/runs/") :])
-        if request.method == "OPTIONS":
-            return Reply(204, {"Allow": ", ".join(methods)})
+        try:
+            if request.method == "OPTIONS":
+                return Reply(204, {"Allow": ", ".join(methods)})
+            return self._show_or_stop(kept, request)
+        finally:
+            kept.leave()
+
+    def _show_or_stop(self, kept: Kept, request: Request) -> Reply:
         _, given = self._sort_fields("/-/runs", (), list(_parse_query(request.query)), _REPLAY_OPTIONS)
         if request.method in ("DELETE", "POST"):
             kept.stop(_ASKED)
@@ -4367,7 +4391,7 @@ class Site:
         return self._replay(kept, request, given)
 
     def _list_runs(self, request: Request) -> Reply:
-        runs = self.shelf.list() if self.shelf else []
+        runs = self.shelf.runs() if self.shelf else []
         if "text/html" in request.accepted:
             return _runs_page(runs)
         headers = {"Vary": "Accept"}
@@ -4980,7 +5004,10 @@ class _Handler(socketserver.BaseRequestHandler):
             while True:
                 ready = run.wait_for_end({client.fileno(): select.POLLIN, self._closing: select.POLLIN})
                 if not ready:
-                    return reply.later()
+                    try:
+                        return reply.later()
+                    except Error as error:
+                        return _text_reply(f"{error}\n", error.status, error.headers)
                 client.turn(ready.pop(client.fileno(), 0))
                 if client.lost or ready:
                     raise _ClientGone
@@ -5055,14 +5082,19 @@ class _Handler(socketserver.BaseRequestHandler):
                 if self.server.is_killing:
                     run.kill()
             for descriptor in ready:
-                data = run.read(descriptor, format_.block_bytes)
-                if run.skipped_bytes:
-                    self._write(format_.skip(run.skipped_bytes), is_chunked)
-                    run.skipped_bytes = 0
-                if data:
-                    self._write(format_.feed(run.stream, data), is_chunked)
+                self._write(self._take_output(run, descriptor, format_), is_chunked)
             if not is_paused and time.monotonic() >= format_.due:
                 self._write(format_.pause(), is_chunked)
+
+    @staticmethod
+    def _take_output(run: Run, descriptor: int, format_: Format) -> bytes:
+        """The next piece of output, as the client gets it."""
+        data = run.read(descriptor, format_.block_bytes)
+        skipped, run.skipped_bytes = run.skipped_bytes, 0
+        if skipped and not format_.can_skip:  # what follows would look like what is missing
+            run.stop(_OVERTAKEN)
+            return b""
+        return (format_.skip(skipped) if skipped else b"") + (format_.feed(run.stream, data) if data else b"")
 
     def _take_input(self, upload: _Upload) -> None:
         if self._client.lost:  # what follows something malformed would be taken for the rest
@@ -6178,6 +6210,11 @@ def _serve(server: Server, commands: Mapping[str, Command], options: argparse.Na
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line; returns the exit code: 0, or 2 for a mistake in how it was called."""
+    for descriptor in (0, 1, 2):  # one that is closed would be taken by the next socket or file
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -187,6 +187,13 @@ class Transcripts(unittest.TestCase):
             thread.join()
         self.assertEqual(wrong, [])
 
+    def test_a_bounded_reader_that_is_overtaken_gets_nothing_from_beyond_its_end(self) -> None:
+        transcript = self.transcript(size=64 * 1024)
+        transcript.write("stdout", b"A" * 20_000)
+        transcript.write("stdout", b"B" * 65_536)
+        at, _, data = transcript.read(16_384, 1 << 20, 20_000)
+        self.assertEqual((at, data), (20_000, b""))
+
     def test_a_folder_that_cannot_be_had_is_told(self) -> None:
         with self.assertRaisesRegex(streamlog.Error, "cannot keep a transcript in '/nowhere'"):
             streamlog.Transcript(1, "/nowhere", self.grow)
@@ -345,6 +352,36 @@ class Kept(KeptCase):
         wait_until(lambda: self.state(server, path)["bytes"], "it runs")
         self.fetch(server, path, "DELETE")
         self.assertEqual(self.ended(server, path)["exit_code"], 137)
+
+    def test_a_hole_in_bytes_alone_is_a_cut(self) -> None:
+        gate = self.folder / "gate"
+        os.mkfifo(gate)
+        csv = Command(f"!read line < {gate}; head -c 20000000 /dev/zero; sleep 0.3", type="text/csv")
+        server = self.serve({"x": csv, "y": Command(str(csv.command))}, transcript_bytes=64 * 1024)
+        for path, headers in (("/x", []), ("/y", ["Range: bytes=0-"])):
+            run = self.keep(server, path)
+            with self.connect(server, receive_buffer=4096) as client:
+                client.get(run, headers=headers)
+                gate.write_text("\n")
+                self.ended(server, run)
+                self.assertFalse(client.read_answer().is_whole)
+
+    def test_a_range_of_a_run_that_was_cut_short_is_cut(self) -> None:
+        server = self.serve({"x": Command("!echo a; exec sleep 30", timeout=0.3)})
+        answer = self.fetch(server, self.keep(server, "/x"), headers=["Range: bytes=0-99"])
+        self.assertEqual((answer.status, answer.is_whole, answer.body), (206, False, b"a\n"))
+
+    def test_a_range_of_a_command_starts_and_ends_nothing(self) -> None:
+        server = self.serve({"x": "!sleep 0.2; echo done", "s": Command("!sleep 0.2; echo done", shared=True)})
+        for path in ("/x?wait", "/s"):
+            answer = self.fetch(server, path, headers=["Range: bytes=2-99"])
+            self.assertEqual((answer.status, answer.body), (200, b"done\n"))
+
+    def test_what_has_just_ended_is_not_the_first_to_be_dropped(self) -> None:
+        server = self.serve({"x": "sleep {n}"}, kept_runs=1)
+        long, short = self.keep(server, "/x?n=0.5"), self.keep(server, "/x?n=0")
+        self.assertEqual(self.ended(server, long)["exit_code"], 0)
+        self.assertEqual(self.fetch(server, short).status, 410)
 
     def test_ids_that_are_not_known_or_malformed(self) -> None:
         server = self.serve({"x": "true"})
@@ -592,6 +629,7 @@ class Shared(KeptCase):
             for client in clients:
                 self.assertEqual(client.read_until(b"\r\n\r\n"), b"0\r\nExit-Code: 0\r\n\r\n")
             self.assertEqual(program.fetch("/stdin?tail=1").body, b"two\n")
+            self.assertEqual(program.fetch("/stdin?async=1").status, 400)
             program.process.stdin = None
         self.assertIn("standard input can be served once", run_program("-p", "0", "-", "x=-").stderr)
 
@@ -701,6 +739,16 @@ class Faults(KeptCase):
         self.assertFalse(is_alive(pid))
         with Program("-p", "0", "x=true") as program:
             self.assertEqual(program.fetch(location).status, 410)
+
+    def test_signals_in_a_row_end_it_all_the_same(self) -> None:
+        for pause in (0.0005, 0.0015, 0.003):
+            with Program("-p", "0", "-q", "x=sleep 300") as program:
+                for _ in range(20):
+                    program.fetch("/x?async=1")
+                for _ in range(2):
+                    program.process.send_signal(signal.SIGINT)
+                    time.sleep(pause)
+                self.assertEqual(program.end()[0], 0)
 
     def test_a_server_that_is_killed_leaves_no_kept_run(self) -> None:
         note = self.folder / "pid"
