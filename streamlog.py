@@ -6120,29 +6120,25 @@ def _has_terminal() -> bool:
     return False
 
 
-def _handle_signals(server: Server, reload_writer: Optional[int]) -> None:
-    """The first signal shuts the server down, the second one kills; SIGHUP wakes who reads the commands again.
+def _handle_signals(server: Server, waker: int, can_reload: bool) -> None:
+    """The first signal shuts the server down, the second one kills; SIGHUP leaves it to who reads from the waker.
 
     To handle TERM and INT also resets them for the commands, which would inherit them as ignored otherwise.
     """
 
-    def on_signal(_number: int, _frame: object) -> None:
-        (server.kill if server.is_closing else server.shutdown)()
+    def on_signal(number: int, _frame: object) -> None:
+        if not (can_reload and number == signal.SIGHUP):
+            (server.kill if server.is_closing else server.shutdown)()
 
-    def on_hangup(_number: int, _frame: object) -> None:
-        if reload_writer is not None:
-            with contextlib.suppress(BlockingIOError):
-                os.write(reload_writer, b"\n")
-
+    # A handler in Python runs between two steps of the program: of a signal just before a poll it would wait for that.
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would lose every exit code (wait(2))
-    handlers = {signal.SIGINT: on_signal, signal.SIGTERM: on_signal}
-    if reload_writer is not None:
-        handlers[signal.SIGHUP] = on_hangup
-    elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-        handlers[signal.SIGHUP] = on_signal
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    handled = {signal.SIGINT, signal.SIGTERM}
+    if can_reload or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        handled.add(signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+    for number in handled:
+        signal.signal(number, on_signal)
 
 
 def _reload(server: Server, options: argparse.Namespace) -> None:
@@ -6193,17 +6189,18 @@ def _serve(server: Server, commands: Mapping[str, Command], options: argparse.Na
         os.set_blocking(writer, False)
         others[reader] = select.POLLIN
         can_reload = (options.config is not None or options.tls_cert) and not _has_terminal()
-        _handle_signals(server, writer if can_reload else None)
+        _handle_signals(server, writer, can_reload)
         _announce(server, commands, options.quiet)
         _notify("READY=1")
         while reader in server.serve_until(others) and not server.is_closing:
-            os.read(reader, 1024)
-            _reload(server, options)
+            if signal.SIGHUP in os.read(reader, 1024):
+                _reload(server, options)
         _notify("STOPPING=1")
     finally:
         server.close()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # one more would spoil the exit code
             signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
         os.close(reader)
         os.close(writer)
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import unittest
 from typing import Any
@@ -221,6 +222,30 @@ class Hangups(ServerCase):
         for _ in range(200):
             program.process.send_signal(signal.SIGHUP)
             self.assertEqual(self.status(program, "/old"), 200)
+
+    def test_a_signal_that_does_not_interrupt_the_main_thread_is_heeded(self) -> None:
+        # As one that arrives just before a poll: here another thread takes it.
+        script = f"""if 1:
+            import signal, sys, threading
+            sys.path.insert(0, {str(ROOT)!r})
+            import streamlog
+            def send():
+                for line in sys.stdin:
+                    signal.pthread_kill(threading.get_ident(), getattr(signal, line.strip()))
+            threading.Thread(target=send, daemon=True).start()
+            sys.exit(streamlog.main(["-p", "0", "-c", {str(self.config)!r}]))
+        """
+        command = [sys.executable, "-c", script]
+        with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
+            assert process.stdin and process.stdout and process.stderr
+            timer = threading.Timer(20, process.kill)
+            timer.start()
+            self.addCleanup(timer.cancel)
+            self.assertIn("listening", process.stdout.readline())
+            process.stdin.write("SIGHUP\n")
+            process.stdin.flush()
+            self.assertIn("again: 1 commands", process.stderr.readline())
+            self.assertEqual((process.communicate("SIGTERM\n", timeout=10), process.returncode)[1], 0)
 
     def test_the_certificate_is_read_again_too(self) -> None:
         pem = self.folder / "pem"
