@@ -629,6 +629,7 @@ class Command:
     _arguments: Sequence[_Argument] = dataclasses.field(init=False, repr=False, default=())
     _uses: Sequence[tuple[Parameter, bool]] = dataclasses.field(init=False, repr=False, default=())
     _converts: Mapping[str, Callable[[str], object]] = dataclasses.field(init=False, repr=False, default_factory=dict)
+    _environment: Mapping[str, str] = dataclasses.field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method is None:
@@ -669,6 +670,11 @@ class Command:
         object.__setattr__(self, "parameters", MappingProxyType(named))
         object.__setattr__(self, "_arguments", arguments)
         object.__setattr__(self, "_uses", uses)
+        inherited = {key: value for key, value in os.environ.items() if not _HIDDEN_ENVIRONMENT.fullmatch(key)}
+        # A prompt of Python's that draws itself anew with each key is of no use by curl.
+        terminal = {"TERM": "xterm-256color", "PYTHON_BASIC_REPL": "1"} if self.pty else {}
+        environment = {**inherited, "PYTHONUNBUFFERED": "1", **terminal, **self.env}
+        object.__setattr__(self, "_environment", environment)
 
     def _check_options(self) -> None:
         for option, known in (("method", ("GET", "POST")), ("stderr", (None, "merge", "separate", "discard"))):
@@ -762,12 +768,8 @@ class Command:
                 self._check_ups(name, argument, text)
             argv.append(text)
         variables = {f"arg_{key}": value for key, value in bound.items()} if self.is_shell else {}
-        env = {key: value for key, value in os.environ.items() if not _HIDDEN_ENVIRONMENT.fullmatch(key)}
-        # A prompt of Python's that draws itself anew with each key is of no use by curl.
-        terminal = {"TERM": "xterm-256color", "PYTHON_BASIC_REPL": "1"} if self.pty else {}
-        env.update({"PYTHONUNBUFFERED": "1", **terminal, **self.env, **variables})
         where = self.stderr or ("merge" if self.pty else stderr)
-        return Launch(argv, env, self.cwd, where, pty=self.pty)
+        return Launch(argv, {**self._environment, **variables}, self.cwd, where, pty=self.pty)
 
     @staticmethod
     def _check_ups(name: str, argument: _Argument, text: str) -> None:
@@ -964,6 +966,9 @@ _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9]
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")  # two repetitions in a row: quadratic
 _STRAY_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
+_PORT = re.compile(r":[0-9]*$")
+_CONTROL = re.compile(r"[\0-\x1f\x7f]")
+_UNPRINTABLE = re.compile(rb"[^ !#-\[\]-~]")
 _SINGLE_HEADERS = frozenset({"host", "content-length", "content-type", "origin", "authorization", "expect"})
 
 
@@ -983,7 +988,7 @@ class Request:
     @property
     def host(self) -> str:
         """The host of the authority, without its port, in lower case."""
-        return re.sub(r":[0-9]*$", "", self.authority).lower()
+        return _PORT.sub("", self.authority).lower()
 
     @property
     def is_chunked(self) -> bool:
@@ -1006,7 +1011,7 @@ class Request:
         tokens = self.headers.get("connection", "").lower().split(",")
         return self.is_http_1_0 or "close" in (token.strip(" \t") for token in tokens)
 
-    @property
+    @functools.cached_property
     def accepted(self) -> dict[str, float]:
         """The media types and ranges that Accept names, with their weights (RFC 9110 section 12.5.1)."""
         found = {}
@@ -1052,13 +1057,15 @@ def _parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
             raise Error("a body has a Content-Length or comes in chunks, and not both")
         if headers["transfer-encoding"].lower() != "chunked":
             raise Error("the only transfer encoding that is taken is chunked", 501)
-    if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "0")):
+    if "content-length" in headers and not re.fullmatch(r"[0-9]{1,15}", headers["content-length"]):
         raise Error("Content-Length must be a number")
     return headers
 
 
 def _unquote(text: str) -> str:
     """Percent-decode once, strictly (RFC 3986 section 2.1)."""
+    if "%" not in text:
+        return text
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise Error("a '%' in the URL must be followed by two hexadecimal digits")
     try:
@@ -1072,7 +1079,7 @@ def _parse_target(method: str, target: str) -> tuple[str, str, str]:
     authority = ""
     if target == "*" and method == "OPTIONS":
         return "", "*", ""
-    absolute = re.match(r"https?://([^/?]+)(?=[/?]|$)", target, re.IGNORECASE)
+    absolute = re.match(r"https?://([^/?]+)(?=[/?]|$)", target, re.IGNORECASE) if target[:1] != "/" else None
     if absolute:
         authority, target = absolute[1], target[absolute.end() :] or "/"
         if not _AUTHORITY.fullmatch(authority):
@@ -1081,7 +1088,7 @@ def _parse_target(method: str, target: str) -> tuple[str, str, str]:
         raise Error("the URL must be a path that begins with '/'")
     path, _, query = target.partition("?")
     path = _unquote(path)
-    if re.search(r"[\0-\x1f\x7f]", path):
+    if _CONTROL.search(path):
         raise Error("the URL's path holds a control character")
     return authority, path, query
 
@@ -1171,7 +1178,7 @@ def _parse_query(query: str) -> Iterator[tuple[str, str]]:
 
 def _printable(text: bytes) -> str:
     """A client's bytes for a log line: nothing in them can end the line, close the quotes or drive a terminal."""
-    return re.sub(rb"[^ !#-\[\]-~]", lambda match: b"\\x%02x" % match[0][0], text[:1000]).decode("ascii")
+    return _UNPRINTABLE.sub(lambda match: b"\\x%02x" % match[0][0], text[:1000]).decode("ascii")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1877,6 +1884,34 @@ def _open_terminal(size: tuple[int, int], has_echo: bool) -> tuple[int, int]:
     return ours, theirs
 
 
+# To start a process by posix_spawn(3) takes half the time that subprocess.Popen takes, most of which is Python. Only
+# newer systems, and Pythons from 3.13 on, can close by it what this program has inherited itself.
+_CLOSE_FROM = getattr(os, "POSIX_SPAWN_CLOSEFROM", None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _locate(program: str, path: Optional[str]) -> Optional[str]:
+    """Where a program is, remembered as a shell does (sh(1), hash)."""
+    return shutil.which(program, path=path)
+
+
+def _start_directly(launch: Launch, streams: Sequence[int]) -> int:
+    """Start a program that needs nothing but its standard streams; its pid, or 0 where that is not to be had so."""
+    program = _locate(launch.argv[0], launch.env.get("PATH"))
+    if _CLOSE_FROM is None or launch.cwd is not None or program is None or {0, 1, 2} & set(streams):
+        return 0
+    actions: list[tuple[Any, ...]] = [
+        (os.POSIX_SPAWN_DUP2, one, number) if one >= 0 else (os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0)
+        for number, one in enumerate(streams)
+    ]
+    actions.append((_CLOSE_FROM, 3))
+    resets = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores them, and that is inherited
+    with contextlib.suppress(OSError):  # subprocess looks for the program anew, and says what is wrong
+        argv = list(launch.argv)
+        return os.posix_spawn(program, argv, launch.env, file_actions=actions, setsid=True, setsigdef=resets)
+    return 0
+
+
 def _start_on_terminal(launch: Launch, options: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     """Start a program whose session has a terminal. Raises OSError if it cannot be started."""
     status, told = os.pipe()
@@ -1905,8 +1940,8 @@ class _Ends(NamedTuple):
     stdin: Optional[int]
 
 
-def _spawn(launch: Launch, terminal_size: tuple[int, int]) -> tuple[subprocess.Popen[bytes], _Ends]:
-    """Start a process in a session of its own.
+def _spawn(launch: Launch, terminal_size: tuple[int, int]) -> tuple[int, _Ends]:
+    """Start a process in a session of its own. Returns its pid; the caller reaps it.
 
     Raises Error: 500 if it cannot be started, 503 if it cannot be for now.
     """
@@ -1923,29 +1958,28 @@ def _spawn(launch: Launch, terminal_size: tuple[int, int]) -> tuple[subprocess.P
                 os.set_blocking(reader, False)
                 outputs[reader] = stream
                 writers.append(writer)
-            options: dict[str, Any] = {
-                "stdin": subprocess.DEVNULL,
-                "stdout": writers[0],
-                "stderr": subprocess.DEVNULL if launch.stderr == "discard" else writers[-1],
-                "cwd": launch.cwd,
-                "env": launch.env,
-                "start_new_session": True,
-            }
+            errors = subprocess.DEVNULL if launch.stderr == "discard" else writers[-1]
+            streams = [subprocess.DEVNULL, writers[0], errors]
             if launch.has_input:
-                options["stdin"], stdin = (writers[0], os.dup(next(iter(outputs)))) if launch.pty else os.pipe()
+                streams[0], stdin = (writers[0], os.dup(next(iter(outputs)))) if launch.pty else os.pipe()
                 ours.callback(os.close, stdin)
                 if not launch.pty:
-                    theirs.callback(os.close, options["stdin"])
-            if launch.pty:
-                columns, lines = map(str, terminal_size)
-                options["env"] = {**launch.env, "COLUMNS": columns, "LINES": lines}
-                process = _start_on_terminal(launch, options)
-            else:
-                process = subprocess.Popen(launch.argv, **options)
+                    theirs.callback(os.close, streams[0])
+            pid = 0 if launch.pty else _start_directly(launch, streams)
+            if not pid:
+                options: dict[str, Any] = dict(zip(("stdin", "stdout", "stderr"), streams))
+                options.update(cwd=launch.cwd, env=launch.env, start_new_session=True)
+                if launch.pty:
+                    columns, lines = map(str, terminal_size)
+                    options["env"] = {**launch.env, "COLUMNS": columns, "LINES": lines}
+                    process = _start_on_terminal(launch, options)
+                else:
+                    process = subprocess.Popen(launch.argv, **options)
+                pid, process.returncode = process.pid, 0  # so that subprocess does not reap it
         except (OSError, ValueError) as error:
             raise _start_error(launch, error) from None
         ours.pop_all()
-    return process, _Ends(outputs, stdin)
+    return pid, _Ends(outputs, stdin)
 
 
 def _watch_exit_by_kqueue(pid: int) -> int:  # pragma: no cover (not on Linux)
@@ -2318,10 +2352,11 @@ class Process(Run):
 
     def __init__(self, launch: Launch, settings: Settings, timeout: Optional[float], release: _Release) -> None:
         super().__init__(settings, timeout, release)
-        self._process, ends = _spawn(launch, settings.terminal_size)
+        self.pid, ends = _spawn(launch, settings.terminal_size)  # of the leader, and the number of its group
+        self._returncode: Optional[int] = None  # of the leader, once it is reaped; a signal's is negative
         self.outputs, self._stdin = ends
         self._terminal = next(iter(self.outputs)) if launch.pty else None
-        self._groups = {self._process.pid}  # of its session, where that has a terminal
+        self._groups = {self.pid}  # of its session, where that has a terminal
         self._reaped_at = math.inf
         self._check_seconds = _GROUP_CHECK_SECONDS
         if settings.child_nofile and hasattr(resource, "prlimit"):
@@ -2357,14 +2392,11 @@ class Process(Run):
     def _undo_start(self) -> None:
         self._release = None
         self._signal(signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_ABANDON_SECONDS)
+        deadline = time.monotonic() + _ABANDON_SECONDS
+        with contextlib.suppress(ChildProcessError):
+            while not os.waitpid(self.pid, os.WNOHANG)[0] and time.monotonic() < deadline:
+                time.sleep(0.01)
         self.close()
-
-    @property
-    def pid(self) -> int:
-        """The number of the leader and of its group."""
-        return self._process.pid
 
     def __str__(self) -> str:
         return f"process group {self.pid}"
@@ -2372,8 +2404,8 @@ class Process(Run):
     @property
     def outcome(self) -> Outcome:
         """How a run that is over has ended."""
-        returncode = self._process.returncode
-        return Outcome(self.exit_code or 0, self.reason, self.seconds, -returncode if (returncode or 0) < 0 else None)
+        code = self._returncode or 0
+        return Outcome(self.exit_code or 0, self.reason, self.seconds, -code if code < 0 else None)
 
     def _ask(self) -> None:
         self._signal(signal.SIGTERM)
@@ -2391,7 +2423,7 @@ class Process(Run):
     def _signal(self, number: int) -> None:
         """Signal the group, and on a terminal the others of the session: a shell makes one of each job."""
         with self._lock:
-            if self._process.returncode is not None and self._is_number_reused():
+            if self._returncode is not None and self._is_number_reused():
                 return
             if self._terminal is not None:  # or, where there is no looking now, those that were there before
                 self._groups = {self.pid} | (_processes.groups(self.pid, time.monotonic()) or self._groups)
@@ -2414,7 +2446,10 @@ class Process(Run):
         """Learn the exit code; whoever is left of the group is asked to end first, while its number is safe."""
         with self._lock:
             self._terminate()
-            code = self._process.wait()
+            code = 0
+            with contextlib.suppress(ChildProcessError):  # a program that ignores SIGCHLD gets no exit codes (wait(2))
+                code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self._returncode = code
             self._reaped_at = time.monotonic()
             self._set_exit_code(code if code >= 0 else 128 - code)
         self._check_group()
@@ -3624,6 +3659,7 @@ def _show_stacks() -> str:
 
 # What a browser says of a request that nobody has asked for yet: it fetches a page ahead, in case it is.
 _AHEAD_HEADERS = ("sec-purpose", "purpose", "x-purpose", "x-moz")
+_AHEAD = re.compile("prefetch|prerender|preview")
 _CORS_HEADERS = {
     "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID, Prefer, Range",
@@ -3697,7 +3733,7 @@ class Access:
     def _check_site(self, request: Request) -> None:
         """Refuse what another site's page has asked for, and what a browser asks for ahead of its user."""
         ahead = " ".join(request.headers.get(name, "") for name in _AHEAD_HEADERS).lower()
-        if re.search("prefetch|prerender|preview", ahead):
+        if _AHEAD.search(ahead):
             raise Error("nothing is run ahead of being asked for", 503, {"Retry-After": "1"})
         site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
         if site is not None:
@@ -3934,7 +3970,7 @@ def _read_options(command: Command, request: Request, given: Mapping[str, str]) 
     for switch in ("footer", "timestamps", "hostname", "wait", "async", "follow"):
         if given.get(switch, "1") not in ("", "0", "1"):
             raise Error(f"parameter {switch!r} must be 0 or 1: {given[switch][:200]!r}")
-    if not re.fullmatch(r"[0-9]{1,9}", given.get("tail", "0")):
+    if "tail" in given and not re.fullmatch(r"[0-9]{1,9}", given["tail"]):
         raise Error(f"parameter 'tail' must be a number of lines: {given['tail'][:200]!r}")
     heartbeat = given.get("heartbeat", "")
     if "heartbeat" in given and not re.fullmatch(r"[1-9][0-9]{0,4}|0\.[1-9]", heartbeat):
@@ -4186,8 +4222,8 @@ class Site:
         """Begin to read standard input, where it is one of the commands. Raises Error."""
         for name, command in self._commands.items():
             if command.is_source and self.shelf:
-                _, make = self._prepare(name, command, {}, is_merged=True)
-                start = functools.partial(self._start, name, command, make, "-")
+                launch, make = self._prepare(name, command, {}, is_merged=True)
+                start = functools.partial(self._start, name, command, make, launch, {})
                 self.shelf.share(Kept(name, command, {}), start).leave()
 
     def answer(self, request: Request, read_body: Callable[[int], bytes]) -> Reply:
@@ -4265,7 +4301,7 @@ class Site:
                 parts = (format_.start(), format_.feed("stdout", result.encode()), format_.end(Outcome(0, "", 0.0)))
                 return Reply(200, headers, b"".join(parts))
             make = typing.cast(_Maker, result)
-        start = functools.partial(self._start, name, command, make, f"{launch} {values}")
+        start = functools.partial(self._start, name, command, make, launch, values)
         if way:
             return self._keep(way, Kept(name, command, bound), start, request, given)
         return Reply(200, headers, run=start(), format=format_, name=name)
@@ -4284,7 +4320,8 @@ class Site:
         """Whether the run is to be kept, and how: async, wait or shared. Raises Error where it cannot be."""
         can_keep = self.shelf is not None and name in self._commands and not (command.stdin and request.has_body)
         can_keep = can_keep and not command.is_source  # of which there is one run
-        is_preferred = "respond-async" in re.split(r"[ \t]*[,;][ \t]*", request.headers.get("prefer", "").lower())
+        preferences = re.split("[,;]", request.headers["prefer"].lower()) if "prefer" in request.headers else ()
+        is_preferred = "respond-async" in (preference.strip(" \t") for preference in preferences)
         way = "shared" if command.shared else ""
         for switch in ("wait", "async"):
             if _is_on(given, switch):
@@ -4409,7 +4446,9 @@ class Site:
             *(kept.id, kept.name, outcome.exit_code, kept.transcript.end, outcome.seconds, outcome.reason or "exit"),
         )
 
-    def _start(self, name: str, command: Command, make: _Maker, what: str) -> Run:
+    def _start(
+        self, name: str, command: Command, make: _Maker, launch: Union[Launch, Call], values: Mapping[str, str]
+    ) -> Run:
         timeout = self._settings.timeout_seconds if command.timeout is None else command.timeout
         with self._lock:
             self._check_slot(name, command)
@@ -4422,7 +4461,9 @@ class Site:
                 self._ended[name, "not_started"] += 1
             raise
         try:
-            _log.debug("started %s as %s: %s", name, run, _printable(what.encode(errors="replace")))
+            if _log.isEnabledFor(logging.DEBUG):
+                what = _printable(f"{launch} {values}".encode(errors="replace"))
+                _log.debug("started %s as %s: %s", name, run, what)
         except BaseException:  # a program that embeds us may have filters of its own
             run.close()
             raise
@@ -4461,6 +4502,7 @@ class Site:
 
     def replace(self, commands: Mapping[str, Command]) -> None:
         """Serve these commands from now on. Runs go on, and counts stay."""
+        _locate.cache_clear()
         self._commands = dict(commands)
 
     def forget_runs(self) -> None:
@@ -4828,13 +4870,19 @@ def _join_headers(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str,
     return joined
 
 
+@functools.lru_cache(maxsize=1)
+def _http_date(seconds: int) -> str:
+    """A moment for the header Date (RFC 9110 section 5.6.7)."""
+    return email.utils.formatdate(seconds, usegmt=True)
+
+
 def _head_bytes(status: int, headers: Mapping[str, str], is_reusable: bool) -> bytes:
     """The head of an answer. Raises ValueError rather than let a value break out of its line."""
-    fields = [("Date", email.utils.formatdate(usegmt=True)), *_COMMON_HEADERS, *headers.items()]
+    fields = [("Date", _http_date(int(time.time()))), *_COMMON_HEADERS, *headers.items()]
     if not is_reusable:
         fields.append(("Connection", "close"))
     lines = [f"{name}: {value}" for name, value in fields]
-    if any(not line.isprintable() for line in lines):
+    if not "".join(lines).isprintable():
         raise ValueError(f"a header holds a control character: {lines!r}")
     return "\r\n".join([f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *lines, "\r\n"]).encode("latin-1")
 

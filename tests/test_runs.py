@@ -213,7 +213,7 @@ class Stops(RunCase):
                 run.close()
         self.assertEqual((self.released, run.exit_code), (1, 137))
         real(run.pid, signal.SIGKILL)
-        run._process.wait()
+        os.waitpid(run.pid, 0)
 
     def test_a_stop_while_a_slow_reader_is_still_owed_output_ends_it_cut(self) -> None:
         run = self.run_("!head -c 60000 /dev/zero; sleep 300 & exit 0", drain_seconds=0.1)
@@ -316,7 +316,8 @@ class Starts(RunCase):
             for number in (errno.EMFILE, errno.EAGAIN, errno.ENOMEM):
                 with self.subTest(target=target, number=number), self.assertRaises(Error) as caught:
                     with mock.patch(target, side_effect=OSError(number, os.strerror(number))):
-                        self.run_("sleep 300")
+                        with mock.patch("os.posix_spawn", side_effect=OSError(number, os.strerror(number))):
+                            self.run_("sleep 300")
                 self.assertEqual((caught.exception.status, caught.exception.headers), (503, {"Retry-After": "1"}))
         self.assertEqual(descriptors(), before)
 
@@ -326,12 +327,55 @@ class Starts(RunCase):
         )
         self.assertEqual(self.read_all(run), b"['0', '1', '2'] True\n")
 
+    def test_what_the_server_has_inherited_is_not_the_command_s(self) -> None:
+        reader, writer = os.pipe()
+        os.set_inheritable(writer, True)
+        run = self.run_("sleep 300")
+        os.close(writer)
+        self.assertEqual(os.read(reader, 1), b"")
+        os.close(reader)
+        run.close()
+
+    @unittest.skipUnless(sys.platform == "linux", "by /proc")
+    def test_signals_that_python_ignores_are_not_ignored_by_the_command(self) -> None:
+        run = self.run_("grep SigIgn /proc/self/status")
+        ignored = int(self.read_all(run).split()[1], 16)
+        self.assertEqual(ignored & 0x7FFFFFFF, 0)  # those above are the C library's own
+
+    def test_a_program_that_moves_is_found_again(self) -> None:
+        folders = [self.folder / name for name in ("first", "second")]
+        for folder in folders:
+            folder.mkdir()
+        command = Command("tool", env={"PATH": ":".join(map(str, folders)) + ":/bin:/usr/bin"})
+
+        def run() -> bytes:
+            process = Process(command.bind("x", {}), Settings(), None, lambda: None)
+            self.addCleanup(process.close)
+            return self.read_all(process)
+
+        with self.assertRaises(Error):
+            run()
+        for folder in [*reversed(folders), *reversed(folders)]:
+            tool = folder / "tool"
+            tool.write_text(f"#!/bin/sh\necho {folder.name}\n")
+            tool.chmod(0o755)
+            self.assertEqual(run(), f"{folder.name}\n".encode())
+            tool.unlink()
+
     def test_standard_input_is_empty(self) -> None:
         self.assertEqual(self.read_all(self.run_("cat")), b"")
 
     def test_the_server_s_own_descriptor_limit_is_not_the_command_s(self) -> None:
         run = self.run_("!sleep 0.3; ulimit -n", child_nofile=(123, 456))
         self.assertEqual(self.read_all(run), b"123\n" if sys.platform == "linux" else b"")
+
+
+class StartsBySubprocess(Starts):
+    """The same starts where posix_spawn cannot close what was inherited."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.enterContext_(mock.patch.object(streamlog, "_CLOSE_FROM", None))
 
 
 @unittest.skipUnless(sys.platform == "linux", "the fallback is for Linux")
