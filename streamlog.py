@@ -967,7 +967,7 @@ _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 _STRAY_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _PORT = re.compile(r":[0-9]*$")
-_CONTROL = re.compile(r"[\0-\x1f\x7f]")
+_CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f]")
 _UNPRINTABLE = re.compile(rb"[^ !#-\[\]-~]")
 _SINGLE_HEADERS = frozenset({"host", "content-length", "content-type", "origin", "authorization", "expect"})
 
@@ -1088,7 +1088,7 @@ def _parse_target(method: str, target: str) -> tuple[str, str, str]:
         raise Error("the URL must be a path that begins with '/'")
     path, _, query = target.partition("?")
     path = _unquote(path)
-    if _CONTROL.search(path):
+    if _CONTROL_CHARACTER.search(path):
         raise Error("the URL's path holds a control character")
     return authority, path, query
 
@@ -1187,7 +1187,7 @@ def _printable(text: bytes) -> str:
 # A read starts at a page or few, so that an idle stream costs nothing, and grows with the flow: fewer wake-ups of
 # either side for each byte. Past this size nothing is gained (the block no longer fits the processor's cache).
 _BLOCK_MIN_BYTES = 16 * 1024
-_BLOCK_MAX_BYTES = 256 * 1024
+_BLOCK_MAX_BYTES = 512 * 1024
 # A line of a tagged format is held until it is whole, or for so long with nothing following, as behind a prompt.
 _PARTIAL_SECONDS = 0.25
 # Proxies drop connections that are silent for a minute or less; EventSource's standard suggests 15 s.
@@ -1214,6 +1214,9 @@ _KINDS = {
     "timeout": "timeout",
     "output limit": "output_limit",
 }
+
+
+_Piece = Union[bytes, memoryview]  # of output; a view is good until the next read
 
 
 class Outcome(NamedTuple):
@@ -1294,7 +1297,7 @@ class Format:
         """What stands before the output."""
         return b""
 
-    def feed(self, stream: str, data: bytes) -> bytes:
+    def feed(self, stream: str, data: _Piece) -> _Piece:
         """Output of the run, as the client gets it."""
         self._heard = self._said = self._timer()
         return data
@@ -1332,11 +1335,12 @@ class Text(Format):
         if self._has_prefix:
             self.block_bytes = _BLOCK_MIN_BYTES
 
-    def feed(self, stream: str, data: bytes) -> bytes:
+    def feed(self, stream: str, data: _Piece) -> _Piece:
         super().feed(stream, data)
-        starts_line, self._at_line_start = self._at_line_start, data.endswith(b"\n")
+        starts_line, self._at_line_start = self._at_line_start, data[-1:] == b"\n"
         if not self._has_prefix:
             return data
+        data = bytes(data)
         words = (self._options.timestamps and self._stamp(), self._options.hostname)
         prefix = "".join(f"{word} " for word in words if word).encode()
         body = data[:-1] if self._at_line_start else data
@@ -1400,7 +1404,7 @@ class _Lines(Format):
         moments = [lane.held_since + _PARTIAL_SECONDS for lane in self._lanes.values()]
         return min([*moments, self._said + self.comment_seconds])
 
-    def feed(self, stream: str, data: bytes) -> bytes:
+    def feed(self, stream: str, data: _Piece) -> bytes:
         super().feed(stream, data)
         lane = self._lanes[stream]
         *lines, lane.held = (lane.held + lane.decode(data)).split("\n")
@@ -1669,7 +1673,7 @@ class Html(Format):
         parts = {"TITLE": html.escape(self._options.title), "STYLE": _COLOURS + _VIEW_STYLE}
         return _fill(_PAGE, parts).encode()
 
-    def feed(self, stream: str, data: bytes) -> bytes:
+    def feed(self, stream: str, data: _Piece) -> bytes:
         super().feed(stream, data)
         lane = self._lanes[stream]
         text = lane.held + lane.decode(data)
@@ -2144,6 +2148,7 @@ class Run:
         self._owed: dict[int, float] = {}  # bytes of an output that are still to come, where that is known
         self._left_bytes: float = settings.max_output_bytes or math.inf  # of all output; below 0 what was too much
         self._block = _BLOCK_MIN_BYTES
+        self._room = memoryview(b"")  # for blocks that are read as views
         self.started = time.monotonic()
         self.seconds = 0.0
         self.reason = ""
@@ -2215,6 +2220,10 @@ class Run:
 
     def read(self, descriptor: int, limit: int = _BLOCK_MAX_BYTES) -> bytes:
         """The next block of an output that is ready. Empty at its end, or when there was nothing after all."""
+        return bytes(self.view(descriptor, limit))
+
+    def view(self, descriptor: int, limit: int = _BLOCK_MAX_BYTES) -> _Piece:
+        """The same, good until the next read: memory that is used again costs half as much as what is new each time."""
         owed = self._owed.get(descriptor, math.inf)
         self.stream = self.outputs[descriptor]
         try:
@@ -2238,12 +2247,16 @@ class Run:
     def _widen(self, descriptor: int) -> None:
         if _SET_PIPE_SIZE is not None:
             with contextlib.suppress(OSError):  # the user's share of pipe memory may be spent
-                fcntl.fcntl(descriptor, _SET_PIPE_SIZE, self._block)
+                # A pipe counts pages, which a writer of other sizes does not fill; and he goes on while we read.
+                fcntl.fcntl(descriptor, _SET_PIPE_SIZE, 2 * self._block)
 
-    def _take(self, descriptor: int, size: int) -> bytes:
+    def _take(self, descriptor: int, size: int) -> _Piece:
         """Up to so many bytes of an output. Raises BlockingIOError where there is nothing yet."""
         try:
-            return os.read(descriptor, size)
+            if size <= _BLOCK_MIN_BYTES:
+                return os.read(descriptor, size)
+            self._room = self._room or memoryview(bytearray(_BLOCK_MAX_BYTES))
+            return self._room[: os.readv(descriptor, [self._room[:size]])]
         except OSError as error:
             if error.errno != errno.EIO:  # a terminal's, which nobody has open any more
                 raise
@@ -4713,18 +4726,23 @@ class _Client:
         if self.outbox and time.monotonic() >= self.deadline:
             self._check_stall()
 
-    def send(self, data: bytes) -> None:
-        """Send what the socket takes; the rest waits in the outbox."""
-        if self._tls:
-            try:
-                data = self._tls.encrypt(data)
-            except OSError:
-                self.lose()
-                return
-        if not self.outbox:
-            self._moved_at = time.monotonic()
-        self.outbox = memoryview(bytes(self.outbox) + data if self.outbox else data)
-        self._flush()
+    def send(self, *parts: _Piece) -> None:
+        """Send what the socket takes, in one go; a copy of the rest waits in the outbox."""
+        sent = 0
+        try:
+            if self._tls:
+                parts = (self._tls.encrypt(b"".join(parts)),)
+            if not self.outbox and any(parts):
+                self._moved_at = time.monotonic()
+                sent = self.sock.sendmsg(parts)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.lose()
+            return
+        if sent < sum(map(len, parts)):
+            self.outbox = memoryview(b"".join((self.outbox, *parts))[sent:])
+            self._flush()
 
     def end(self) -> None:
         """Say that nothing more will come."""
@@ -5111,10 +5129,11 @@ class _Handler(socketserver.BaseRequestHandler):
         still comes then is dropped.
         """
         client, closing = self._client, self._closing
+        peer = client.fileno()
         while not run.is_over:
             if upload:
                 self._take_input(upload)
-            watched = {client.fileno(): client.events, **(upload.watched if upload else {})}
+            watched = {peer: client.events, **(upload.watched if upload else {})}
             if client.lost:
                 watched = {}
                 run.stop(client.lost)
@@ -5122,7 +5141,8 @@ class _Handler(socketserver.BaseRequestHandler):
                 watched[closing] = select.POLLIN
             is_paused = bool(client.outbox)
             ready = run.wait(watched, is_paused, client.deadline if is_paused else format_.due)
-            client.turn(ready.pop(client.fileno(), 0))
+            if is_paused or peer in ready:
+                client.turn(ready.pop(peer, 0))
             if upload:
                 upload.turn(ready)
             if ready.pop(closing, 0):
@@ -5135,14 +5155,15 @@ class _Handler(socketserver.BaseRequestHandler):
                 self._write(format_.pause(), is_chunked)
 
     @staticmethod
-    def _take_output(run: Run, descriptor: int, format_: Format) -> bytes:
+    def _take_output(run: Run, descriptor: int, format_: Format) -> _Piece:
         """The next piece of output, as the client gets it."""
-        data = run.read(descriptor, format_.block_bytes)
+        data = run.view(descriptor, format_.block_bytes)
         skipped, run.skipped_bytes = run.skipped_bytes, 0
         if skipped and not format_.can_skip:  # what follows would look like what is missing
             run.stop(_OVERTAKEN)
             return b""
-        return (format_.skip(skipped) if skipped else b"") + (format_.feed(run.stream, data) if data else b"")
+        piece = format_.feed(run.stream, data) if data else b""
+        return format_.skip(skipped) + piece if skipped else piece
 
     def _take_input(self, upload: _Upload) -> None:
         if self._client.lost:  # what follows something malformed would be taken for the rest
@@ -5153,11 +5174,14 @@ class _Handler(socketserver.BaseRequestHandler):
             self._client.lose(str(error))
         self._client.is_held = upload.is_held_up
 
-    def _write(self, data: bytes, is_chunked: bool) -> None:
+    def _write(self, data: _Piece, is_chunked: bool) -> None:
         """Send a piece of the body, as one chunk in one send. An empty piece must not become one: that is the last."""
         if data and not self._client.lost:
             self._body_bytes += len(data)
-            self._client.send(b"%x\r\n%b\r\n" % (len(data), data) if is_chunked else data)
+            if is_chunked:
+                self._client.send(b"%x\r\n" % len(data), data, b"\r\n")
+            else:
+                self._client.send(data)
 
 
 def _descriptor_limit(limit: int) -> int:
@@ -5680,7 +5704,7 @@ class Stream(Iterator[bytes]):
         for descriptor in ready:
             data = self._run.read(descriptor, self._format.block_bytes)
             if data:
-                self._add(self._format.feed(self._run.stream, data))
+                self._add(bytes(self._format.feed(self._run.stream, data)))
 
 
 def stream(command: _Given, /, **values: object) -> Stream:

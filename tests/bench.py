@@ -203,7 +203,6 @@ def serve_direct(port: int) -> None:
     while True:
         client, _ = listener.accept()
         with client:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             words = client.recv(65536).split(maxsplit=2)
             if not words:
                 continue  # a look at whether it listens

@@ -89,7 +89,7 @@ class Readme(unittest.TestCase):
             ("30 s", streamlog._BODY_SECONDS),
             ("64 runs", streamlog.Settings().max_runs),
             ("2 s", streamlog.Settings().drain_seconds),
-            ("256 KiB", streamlog._BLOCK_MAX_BYTES / 1024),
+            ("512 KiB", streamlog._BLOCK_MAX_BYTES / 1024),
         ):
             with self.subTest(number=number):
                 self.assertEqual(float(number.split()[0]), value)
