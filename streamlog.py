@@ -100,8 +100,6 @@ import enum
 import errno
 import fcntl
 import functools
-import hashlib
-import hmac
 import html
 import http
 import inspect
@@ -3772,6 +3770,8 @@ class Access:
 
     def _check_token(self, authorization: str) -> None:
         """Refuse a request without the token, as Bearer or as the password of Basic (RFC 6750, RFC 7617)."""
+        import hmac
+
         scheme, _, given = authorization.partition(" ")
         offered = given.strip(" \t").encode("latin-1")
         if scheme.lower() == "basic":
@@ -3946,6 +3946,8 @@ _IDLE_STYLE = "body { font: 1rem system-ui, sans-serif; padding: 1rem; backgroun
 
 def _page_reply(template: str, style: str, parts: Mapping[str, str] = MappingProxyType({})) -> Reply:
     """A page of the server's own. The parts are HTML already, by the words of the template that they replace."""
+    import hashlib  # brings OpenSSL with it, as hmac does
+
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     headers = {
         "Content-Type": "text/html; charset=utf-8",

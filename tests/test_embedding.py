@@ -84,7 +84,7 @@ class Starting(EmbeddingCase):
         self.assertEqual([line.strip() for line in told[: len(there)]], there)
 
     def test_what_is_heavy_is_imported_only_where_it_is_used(self) -> None:
-        heavy = ["ssl", "configparser", "argparse", "sqlite3", "http.client", "asyncio", "multiprocessing"]
+        heavy = ["ssl", "configparser", "argparse", "sqlite3", "http.client", "asyncio", "multiprocessing", "hashlib"]
         script = (
             f"import sys, streamlog\nheavy = {heavy}\n"
             "with streamlog.start({'x': 'true'}, port=0): print([name for name in heavy if name in sys.modules])\n"
