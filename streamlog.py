@@ -608,7 +608,7 @@ class Command:
         the formats that tell it apart. stdin: whether the body of a POST or PUT is its standard input. pty: whether
         it runs on a terminal; "echo": on one that echoes its input, and turns the ends of lines into CRLF. shared:
         whether a client joins the run that goes on with the same values. cwd: the directory to run in. env:
-        variables to add. type: the Content-Type of the output.
+        variables to add to this program's environment, as it is now. type: the Content-Type of the output.
     """
 
     command: Union[str, Sequence[str], Callable[..., object]]
@@ -1886,34 +1886,6 @@ def _open_terminal(size: tuple[int, int], has_echo: bool) -> tuple[int, int]:
     return ours, theirs
 
 
-# To start a process by posix_spawn(3) takes half the time that subprocess.Popen takes, most of which is Python. Only
-# newer systems, and Pythons from 3.13 on, can close by it what this program has inherited itself.
-_CLOSE_FROM = getattr(os, "POSIX_SPAWN_CLOSEFROM", None)
-
-
-@functools.lru_cache(maxsize=1024)
-def _locate(program: str, path: Optional[str]) -> Optional[str]:
-    """Where a program is, remembered as a shell does (sh(1), hash)."""
-    return shutil.which(program, path=path)
-
-
-def _start_directly(launch: Launch, streams: Sequence[int]) -> int:
-    """Start a program that needs nothing but its standard streams; its pid, or 0 where that is not to be had so."""
-    program = _locate(launch.argv[0], launch.env.get("PATH"))
-    if _CLOSE_FROM is None or launch.cwd is not None or program is None or {0, 1, 2} & set(streams):
-        return 0
-    actions: list[tuple[Any, ...]] = [
-        (os.POSIX_SPAWN_DUP2, one, number) if one >= 0 else (os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0)
-        for number, one in enumerate(streams)
-    ]
-    actions.append((_CLOSE_FROM, 3))
-    resets = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores them, and that is inherited
-    with contextlib.suppress(OSError):  # subprocess looks for the program anew, and says what is wrong
-        argv = list(launch.argv)
-        return os.posix_spawn(program, argv, launch.env, file_actions=actions, setsid=True, setsigdef=resets)
-    return 0
-
-
 def _start_on_terminal(launch: Launch, options: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     """Start a program whose session has a terminal. Raises OSError if it cannot be started."""
     status, told = os.pipe()
@@ -1942,8 +1914,8 @@ class _Ends(NamedTuple):
     stdin: Optional[int]
 
 
-def _spawn(launch: Launch, terminal_size: tuple[int, int]) -> tuple[int, _Ends]:
-    """Start a process in a session of its own. Returns its pid; the caller reaps it.
+def _spawn(launch: Launch, terminal_size: tuple[int, int]) -> tuple[subprocess.Popen[bytes], _Ends]:
+    """Start a process in a session of its own.
 
     Raises Error: 500 if it cannot be started, 503 if it cannot be for now.
     """
@@ -1960,28 +1932,29 @@ def _spawn(launch: Launch, terminal_size: tuple[int, int]) -> tuple[int, _Ends]:
                 os.set_blocking(reader, False)
                 outputs[reader] = stream
                 writers.append(writer)
-            errors = subprocess.DEVNULL if launch.stderr == "discard" else writers[-1]
-            streams = [subprocess.DEVNULL, writers[0], errors]
+            options: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": writers[0],
+                "stderr": subprocess.DEVNULL if launch.stderr == "discard" else writers[-1],
+                "cwd": launch.cwd,
+                "env": launch.env,
+                "start_new_session": True,
+            }
             if launch.has_input:
-                streams[0], stdin = (writers[0], os.dup(next(iter(outputs)))) if launch.pty else os.pipe()
+                options["stdin"], stdin = (writers[0], os.dup(next(iter(outputs)))) if launch.pty else os.pipe()
                 ours.callback(os.close, stdin)
                 if not launch.pty:
-                    theirs.callback(os.close, streams[0])
-            pid = 0 if launch.pty else _start_directly(launch, streams)
-            if not pid:
-                options: dict[str, Any] = dict(zip(("stdin", "stdout", "stderr"), streams))
-                options.update(cwd=launch.cwd, env=launch.env, start_new_session=True)
-                if launch.pty:
-                    columns, lines = map(str, terminal_size)
-                    options["env"] = {**launch.env, "COLUMNS": columns, "LINES": lines}
-                    process = _start_on_terminal(launch, options)
-                else:
-                    process = subprocess.Popen(launch.argv, **options)
-                pid, process.returncode = process.pid, 0  # so that subprocess does not reap it
+                    theirs.callback(os.close, options["stdin"])
+            if launch.pty:
+                columns, lines = map(str, terminal_size)
+                options["env"] = {**launch.env, "COLUMNS": columns, "LINES": lines}
+                process = _start_on_terminal(launch, options)
+            else:
+                process = subprocess.Popen(launch.argv, **options)
         except (OSError, ValueError) as error:
             raise _start_error(launch, error) from None
         ours.pop_all()
-    return pid, _Ends(outputs, stdin)
+    return process, _Ends(outputs, stdin)
 
 
 def _watch_exit_by_kqueue(pid: int) -> int:  # pragma: no cover (not on Linux)
@@ -2363,11 +2336,10 @@ class Process(Run):
 
     def __init__(self, launch: Launch, settings: Settings, timeout: Optional[float], release: _Release) -> None:
         super().__init__(settings, timeout, release)
-        self.pid, ends = _spawn(launch, settings.terminal_size)  # of the leader, and the number of its group
-        self._returncode: Optional[int] = None  # of the leader, once it is reaped; a signal's is negative
+        self._process, ends = _spawn(launch, settings.terminal_size)
         self.outputs, self._stdin = ends
         self._terminal = next(iter(self.outputs)) if launch.pty else None
-        self._groups = {self.pid}  # of its session, where that has a terminal
+        self._groups = {self._process.pid}  # of its session, where that has a terminal
         self._reaped_at = math.inf
         self._check_seconds = _GROUP_CHECK_SECONDS
         if settings.child_nofile and hasattr(resource, "prlimit"):
@@ -2403,11 +2375,14 @@ class Process(Run):
     def _undo_start(self) -> None:
         self._release = None
         self._signal(signal.SIGKILL)
-        deadline = time.monotonic() + _ABANDON_SECONDS
-        with contextlib.suppress(ChildProcessError):
-            while not os.waitpid(self.pid, os.WNOHANG)[0] and time.monotonic() < deadline:
-                time.sleep(0.01)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_ABANDON_SECONDS)
         self.close()
+
+    @property
+    def pid(self) -> int:
+        """The number of the leader and of its group."""
+        return self._process.pid
 
     def __str__(self) -> str:
         return f"process group {self.pid}"
@@ -2415,8 +2390,8 @@ class Process(Run):
     @property
     def outcome(self) -> Outcome:
         """How a run that is over has ended."""
-        code = self._returncode or 0
-        return Outcome(self.exit_code or 0, self.reason, self.seconds, -code if code < 0 else None)
+        returncode = self._process.returncode
+        return Outcome(self.exit_code or 0, self.reason, self.seconds, -returncode if (returncode or 0) < 0 else None)
 
     def _ask(self) -> None:
         self._signal(signal.SIGTERM)
@@ -2434,7 +2409,7 @@ class Process(Run):
     def _signal(self, number: int) -> None:
         """Signal the group, and on a terminal the others of the session: a shell makes one of each job."""
         with self._lock:
-            if self._returncode is not None and self._is_number_reused():
+            if self._process.returncode is not None and self._is_number_reused():
                 return
             if self._terminal is not None:  # or, where there is no looking now, those that were there before
                 self._groups = {self.pid} | (_processes.groups(self.pid, time.monotonic()) or self._groups)
@@ -2457,10 +2432,7 @@ class Process(Run):
         """Learn the exit code; whoever is left of the group is asked to end first, while its number is safe."""
         with self._lock:
             self._terminate()
-            code = 0
-            with contextlib.suppress(ChildProcessError):  # a program that ignores SIGCHLD gets no exit codes (wait(2))
-                code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-            self._returncode = code
+            code = self._process.wait()
             self._reaped_at = time.monotonic()
             self._set_exit_code(code if code >= 0 else 128 - code)
         self._check_group()
@@ -4517,7 +4489,6 @@ class Site:
 
     def replace(self, commands: Mapping[str, Command]) -> None:
         """Serve these commands from now on. Runs go on, and counts stay."""
-        _locate.cache_clear()
         self._commands = dict(commands)
 
     def forget_runs(self) -> None:
