@@ -608,7 +608,8 @@ class Command:
         the formats that tell it apart. stdin: whether the body of a POST or PUT is its standard input. pty: whether
         it runs on a terminal; "echo": on one that echoes its input, and turns the ends of lines into CRLF. shared:
         whether a client joins the run that goes on with the same values. cwd: the directory to run in. env:
-        variables to add to this program's environment, as it is now. type: the Content-Type of the output.
+        variables to add to this program's environment, as it is when the Command is made. type: the Content-Type of
+        the output.
     """
 
     command: Union[str, Sequence[str], Callable[..., object]]
@@ -2212,6 +2213,7 @@ class Run:
             self._widen(descriptor)
         elif len(data) < self._block // 4:
             self._block = max(_BLOCK_MIN_BYTES, self._block // 2)
+            self._room = memoryview(b"")
         surplus = int(max(0, -self._left_bytes))
         return data[: max(0, len(data) - surplus)] if surplus else data
 
@@ -2219,14 +2221,15 @@ class Run:
         if _SET_PIPE_SIZE is not None:
             with contextlib.suppress(OSError):  # the user's share of pipe memory may be spent
                 # A pipe counts pages, which a writer of other sizes does not fill; and he goes on while we read.
-                fcntl.fcntl(descriptor, _SET_PIPE_SIZE, 2 * self._block)
+                fcntl.fcntl(descriptor, _SET_PIPE_SIZE, min(2 * self._block, _BLOCK_MAX_BYTES))
 
     def _take(self, descriptor: int, size: int) -> _Piece:
         """Up to so many bytes of an output. Raises BlockingIOError where there is nothing yet."""
         try:
             if size <= _BLOCK_MIN_BYTES:
                 return os.read(descriptor, size)
-            self._room = self._room or memoryview(bytearray(_BLOCK_MAX_BYTES))
+            if len(self._room) < size:
+                self._room = memoryview(bytearray(self._block))
             return self._room[: os.readv(descriptor, [self._room[:size]])]
         except OSError as error:
             if error.errno != errno.EIO:  # a terminal's, which nobody has open any more
@@ -2324,6 +2327,7 @@ class Run:
     def _close_output(self, descriptor: int) -> None:
         os.close(descriptor)
         del self.outputs[descriptor]
+        self._room = memoryview(b"")
 
 
 class Process(Run):
@@ -3664,6 +3668,10 @@ class Access:
 
     def __init__(self, settings: Settings, reach: Reach) -> None:
         self._token = settings.token.encode()
+        if self._token:
+            import hmac  # brings OpenSSL with it, as hashlib does
+
+            self._is_same = hmac.compare_digest
         self._scheme = settings.scheme
         self._origins = frozenset(origin.lower() for origin in settings.allow_origins)
         self._reach = reach
@@ -3742,8 +3750,6 @@ class Access:
 
     def _check_token(self, authorization: str) -> None:
         """Refuse a request without the token, as Bearer or as the password of Basic (RFC 6750, RFC 7617)."""
-        import hmac
-
         scheme, _, given = authorization.partition(" ")
         offered = given.strip(" \t").encode("latin-1")
         if scheme.lower() == "basic":
@@ -3751,7 +3757,7 @@ class Access:
                 offered = base64.b64decode(offered, validate=True).partition(b":")[2]
             except ValueError:
                 offered = b""
-        if scheme.lower() not in ("basic", "bearer") or not hmac.compare_digest(offered, self._token):
+        if scheme.lower() not in ("basic", "bearer") or not self._is_same(offered, self._token):
             challenge = {"WWW-Authenticate": 'Basic realm="streamlog", charset="UTF-8", Bearer realm="streamlog"'}
             raise Error("the token is missing or wrong: give it as curl -u :TOKEN does", 401, challenge)
 
@@ -3918,7 +3924,7 @@ _IDLE_STYLE = "body { font: 1rem system-ui, sans-serif; padding: 1rem; backgroun
 
 def _page_reply(template: str, style: str, parts: Mapping[str, str] = MappingProxyType({})) -> Reply:
     """A page of the server's own. The parts are HTML already, by the words of the template that they replace."""
-    import hashlib  # brings OpenSSL with it, as hmac does
+    import hashlib
 
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     headers = {
@@ -5135,8 +5141,9 @@ class _Handler(socketserver.BaseRequestHandler):
         if skipped and not format_.can_skip:  # what follows would look like what is missing
             run.stop(_OVERTAKEN)
             return b""
+        note = format_.skip(skipped) if skipped else b""
         piece = format_.feed(run.stream, data) if data else b""
-        return format_.skip(skipped) + piece if skipped else piece
+        return note + piece if note else piece
 
     def _take_input(self, upload: _Upload) -> None:
         if self._client.lost:  # what follows something malformed would be taken for the rest

@@ -7,13 +7,14 @@ bulk (1 GiB of zeros), lines (4 million of 80 bytes, in the blocks of 4 KiB that
 millisecond, from the write in the command to the read in the client), many (1,000 streams of a line a second),
 fan-out (one run, 1,000 viewers), formats (lines as html, sse and ndjson), start (of the process to its first answer),
 import, memory (100 GiB through one stream, and a day of lines in each format) and log (what a logging call costs a
-program, by viewers of /log). Each prints a table of Markdown: medians of the rounds, and their ratio to `direct`, a
-server that does no more than give a command the socket for its standard output. The peers take turns in each round,
-so that a machine whose speed drifts is the same for all.
+program, by viewers of /log). All but the last three print a table of Markdown: medians of the rounds, and their ratio
+to `direct`, a server that does no more than give a command the socket for its standard output (of formats to Flask, of
+start to http.server). The peers take turns in each round, so that a machine whose speed drifts is the same for all.
+Flask and gunicorn run a generator over lines, as their recipes do.
 
 Peers that are not installed are left out. Flask and gunicorn may be in the Python that STREAMLOG_FRAMEWORKS names.
 --peer adds one: $port is where it listens, $folder has an executable for each of echo, true, bulk, lines, ticks and
-seconds, $folder/cgi-bin the same as CGI scripts; it runs them for the paths /echo, /true and so on.
+fed, $folder/cgi-bin the same as CGI scripts; it runs them for the paths /echo, /true and so on.
 """
 
 from __future__ import annotations
@@ -252,7 +253,7 @@ class Server:
         for pid in family(self.process.pid):
             with contextlib.suppress(OSError):
                 line = Path(f"/proc/{pid}/cmdline").read_bytes()
-                if not line.startswith((b"cat\0", f"{PYTHON}\0-ISc".encode())):
+                if not line.startswith((b"cat\0", b"head\0", f"{PYTHON}\0-ISc".encode())):
                     found = re.search(r"RssAnon:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())
                     total += int(found[1]) * 1024 if found else 0
         return total
@@ -539,13 +540,13 @@ def formats(server: Server) -> Figures:
 
 def fan_out(server: Server) -> Figures:
     """Bytes of memory a viewer of one run, median and 99th percentile of a line's age in seconds."""
-    with streams(server, "shared", 1) as one:
+    with run(server.peer) as fresh, streams(fresh, "shared", 1) as one:
         watch(one, 2)
-        before = server.memory()
-        with streams(server, "shared", MANY) as selector:
-            watch(selector, 3)
-            ages = watch(selector, 5)
-            return [(server.memory() - before) / MANY, *ages]
+        before = fresh.memory()
+        with streams(fresh, "shared", MANY) as all_:
+            watch(all_, 3)
+            ages = watch(all_, 5)
+            return [(fresh.memory() - before) / MANY, *ages]
 
 
 def start(server: Server) -> Figures:
@@ -587,18 +588,17 @@ def import_(rounds: int) -> None:
 
 
 def memory(_: int) -> None:
-    """What the server holds while 100 GiB go through one stream, and a day of lines in each format."""
+    """What the server holds while 100 GiB go through one stream, and the 86,400 lines of a day in each format."""
     with run(PEERS[0]) as server:
         for name in ("echo", "endless", *(f"day?format={name}" for name in ("text", "html", "sse", "ndjson"))):
             started = time.perf_counter()
             room = bytearray(1 << 18)
-            total = most = 0
+            total, most, looked_at = 0, server.memory(), started
             with server.ask(name) as sock:
                 while count := sock.recv_into(room):
-                    if total >> 30 != total + count >> 30:
-                        most = max(most, server.memory())
                     total += count
-            most = max(most, server.memory())
+                    if time.perf_counter() > looked_at + 0.5:
+                        most, looked_at = max(most, server.memory()), time.perf_counter()
             took = time.perf_counter() - started
             print(f"memory: at most {kibibytes(most)} in {name}, {total} bytes in {took:.0f} s", flush=True)
 
@@ -690,15 +690,17 @@ def compare(work: Work, peers: Sequence[Peer], rounds: int) -> None:
         servers = [stack.enter_context(run(peer)) for peer in peers]
         for number in range(work.warm_ups + rounds):
             for server in servers:
-                found = None
-                with contextlib.suppress(TimeoutError):  # gunicorn may not have a thread for each of a thousand
+                try:
                     found = work.measure(server)
+                except (TimeoutError, socket.timeout):  # gunicorn may not have a thread for each of a thousand
+                    found = None
                 if found and number >= work.warm_ups:
                     figures[server.peer.name].append(found)
     say("", *figures)
     say(*["---"] * (len(peers) + 1))
     for row, (name, text) in enumerate(work.rows.items()):
-        medians = {peer: statistics.median(one[row] for one in found) for peer, found in figures.items() if found}
+        whole = {peer: found for peer, found in figures.items() if len(found) == rounds}
+        medians = {peer: statistics.median(one[row] for one in found) for peer, found in whole.items()}
         limit = medians.get(work.limit)
         cells = []
         for peer in figures:
@@ -717,7 +719,10 @@ COMPARED = {
     "latency": Work(latency, {"latency, p50": duration, "latency, p99": duration}),
     "many": Work(many, {"many, memory": kibibytes, "many, p50": duration, "many, p99": duration}, warm_ups=0),
     "fan-out": Work(
-        fan_out, {"fan-out, memory": kibibytes, "fan-out, p50": duration, "fan-out, p99": duration}, peers=["streamlog"]
+        fan_out,
+        {"fan-out, memory": kibibytes, "fan-out, p50": duration, "fan-out, p99": duration},
+        peers=["streamlog"],
+        warm_ups=0,
     ),
     "formats": Work(
         formats,

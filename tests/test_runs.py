@@ -213,7 +213,7 @@ class Stops(RunCase):
                 run.close()
         self.assertEqual((self.released, run.exit_code), (1, 137))
         real(run.pid, signal.SIGKILL)
-        os.waitpid(run.pid, 0)
+        run._process.wait()
 
     def test_a_stop_while_a_slow_reader_is_still_owed_output_ends_it_cut(self) -> None:
         run = self.run_("!head -c 60000 /dev/zero; sleep 300 & exit 0", drain_seconds=0.1)
@@ -338,7 +338,8 @@ class Starts(RunCase):
     @unittest.skipUnless(sys.platform == "linux", "by /proc")
     def test_signals_that_python_ignores_are_not_ignored_by_the_command(self) -> None:
         run = self.run_("grep SigIgn /proc/self/status")
-        self.assertEqual(int(self.read_all(run).split()[1], 16), 0)
+        ignored = int(self.read_all(run).split()[1], 16)
+        self.assertFalse([number for number in (signal.SIGPIPE, signal.SIGXFSZ) if ignored >> (number - 1) & 1])
 
     def test_a_program_that_moves_is_found_again(self) -> None:
         folders = [self.folder / name for name in ("first", "second")]
