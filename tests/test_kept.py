@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
 from pathlib import Path
 from typing import Any
@@ -450,6 +451,20 @@ class Kept(KeptCase):
             b"event: skipped\nid: 200000\ndata: 200000\n\n", self.fetch(server, f"{path}?format=sse").body[:100]
         )
         self.assertIn(b"[200000 bytes are no longer kept]", self.fetch(server, f"{path}?format=html").body)
+
+    def test_what_came_before_a_gap_goes_out_before_it(self) -> None:
+        pieces = iter([(0, b"abc"), (1000, b"def\nghi\n")])
+
+        def view(_descriptor: int, _limit: int) -> bytes:
+            run.skipped_bytes, data = next(pieces)
+            return data
+
+        run = types.SimpleNamespace(stream="stdout", skipped_bytes=0, view=view)
+        format_ = streamlog.Ndjson()
+        take = streamlog._Handler._take_output
+        lines = b"".join(bytes(take(run, 0, format_)) for _ in range(2)).splitlines()  # type: ignore[arg-type]
+        told = [json.loads(line) for line in lines]
+        self.assertEqual([line.get("line", line.get("skipped_bytes")) for line in told], ["abc", 1000, "def", "ghi"])
 
     def test_closing_the_server_ends_its_kept_runs_and_leaves_nothing(self) -> None:
         server = self.serve({"x": "!trap '' TERM; echo $$; while :; do sleep 0.05; done"}, grace_seconds=0.2)
