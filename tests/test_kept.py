@@ -368,8 +368,10 @@ class Kept(KeptCase):
                 self.assertFalse(client.read_answer().is_whole)
 
     def test_a_range_of_a_run_that_was_cut_short_is_cut(self) -> None:
-        server = self.serve({"x": Command("!echo a; exec sleep 30", timeout=0.3)})
-        answer = self.fetch(server, self.keep(server, "/x"), headers=["Range: bytes=0-99"])
+        server = self.serve({"x": Command("!echo a; exec sleep 30", timeout=1)})
+        path = self.keep(server, "/x")
+        wait_until(lambda: self.state(server, path)["bytes"], "it has put something out")
+        answer = self.fetch(server, path, headers=["Range: bytes=0-99"])
         self.assertEqual((answer.status, answer.is_whole, answer.body), (206, False, b"a\n"))
 
     def test_a_range_of_a_command_starts_and_ends_nothing(self) -> None:
