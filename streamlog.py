@@ -1184,7 +1184,7 @@ def _printable(text: bytes) -> str:
 # formats: how output is written for a client. Pure: (stream, bytes) to bytes, and at the end an outcome to bytes
 
 # A read starts at a page or few, so that an idle stream costs nothing, and grows with the flow: fewer wake-ups of
-# either side for each byte. Past this size nothing is gained (the block no longer fits the processor's cache).
+# either side for each byte. Its end is what tests/bench.py found best of some.
 _BLOCK_MIN_BYTES = 16 * 1024
 _BLOCK_MAX_BYTES = 512 * 1024
 # A line of a tagged format is held until it is whole, or for so long with nothing following, as behind a prompt.
@@ -2195,7 +2195,7 @@ class Run:
         return bytes(self.view(descriptor, limit))
 
     def view(self, descriptor: int, limit: int = _BLOCK_MAX_BYTES) -> _Piece:
-        """The same, good until the next read: memory that is used again costs half as much as what is new each time."""
+        """The same, good until the next read: memory that is used again is cheaper than what is new each time."""
         owed = self._owed.get(descriptor, math.inf)
         self.stream = self.outputs[descriptor]
         try:

@@ -457,8 +457,9 @@ class Soak(ServerCase):
     def measure(self, program: Program) -> tuple[set[str], list[int], int]:
         """What the server holds once all is over: descriptors, processes it has started, and bytes of memory."""
         pid = program.process.pid
-        for _ in range(2):  # a connection that was accepted just now has no thread yet
-            wait_until(lambda: len(os.listdir(f"/proc/{pid}/task")) == 1, "no thread is left", 30)
-            time.sleep(0.2)
+        wait_until(lambda: len(os.listdir(f"/proc/{pid}/task")) == 1, "no thread is left", 30)
+        # A connection that was accepted just now has no thread yet.
+        wait_until(lambda: sum("socket:" in one for one in descriptors(pid)) == 1, "the listener alone is left", 30)
+        wait_until(lambda: len(os.listdir(f"/proc/{pid}/task")) == 1, "nor is its thread", 30)
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return descriptors(pid), [int(child) for child in children], resident_bytes(pid)
