@@ -72,7 +72,7 @@ class FrameworkCase(ServerCase):
             return client.read_answer()
 
     def watch(self, port: int, path: str, first: bytes, last: bytes, seconds: float) -> None:
-        """See that a line arrives long before the last one does."""
+        """See that a line arrives long before the last one does, and hear it out: who hangs up earlier ends the run."""
         with Raw(("127.0.0.1", port)) as client:
             client.get(path)
             client.read_until(first)
@@ -80,6 +80,7 @@ class FrameworkCase(ServerCase):
             self.assertNotIn(last, client.buffer)
             client.read_until(last)
             self.assertGreater(time.monotonic() - started, seconds)
+            client.read_until(b"0\r\n\r\n")
 
     def ended(self, port: int, kind: str) -> int:
         """How many builds have ended in a way."""
