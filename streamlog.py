@@ -4556,6 +4556,7 @@ _LINGER_SECONDS = 2.0
 # Time for what is left of an answer to reach the client while the server closes.
 _CUT_SECONDS = 0.5
 _BODY_SECONDS = 30.0
+_WAITING_MAX = 4  # threads that wait for the next client
 _WARN_SECONDS = 60.0
 _LOCK_SECONDS = 5.0
 _REPLY_SECONDS = 30.0
@@ -5258,6 +5259,32 @@ def _watch_program() -> None:
     os.register_at_fork(after_in_child=disown)
 
 
+class _Gate:
+    """Where threads wait for a client, or for the server's end. Of those that wait one is let through, and the next one
+    when it is reopened (epoll_ctl(2), EPOLLONESHOT); where there is no epoll, each client lets all through."""
+
+    def __init__(self, listener: int, closing: int) -> None:
+        self._listener, self._closing = listener, closing
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        if self._epoll is not None:
+            self._epoll.register(closing, select.EPOLLIN)
+            self._epoll.register(listener, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def wait(self) -> None:
+        if self._epoll is None:
+            _poll({self._listener: select.POLLIN, self._closing: select.POLLIN})
+        else:
+            self._epoll.poll(maxevents=1)
+
+    def reopen(self) -> None:
+        if self._epoll is not None:
+            self._epoll.modify(self._listener, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def close(self) -> None:
+        if self._epoll is not None:
+            self._epoll.close()
+
+
 class Server(socketserver.ThreadingTCPServer):
     """The commands, behind a listening socket. Binds at once: OSError or ConfigError where it may not.
 
@@ -5300,7 +5327,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._lock = threading.RLock()  # guards the clients; re-entrant for shutdown() in a signal handler
         self._clients: dict[_Client, threading.Thread] = {}
         self.site.count_clients = self._clients.__len__
-        self._thread: Optional[threading.Thread] = None
+        self._waiting: set[threading.Thread] = set()  # those that wait for a client
         self._warned_at = -math.inf
         super().__init__(address, _Handler, bind_and_activate=False)
         try:
@@ -5314,6 +5341,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.socket.setblocking(False)
             # Every thread polls `closing` beside its own work: closing the writer wakes them all.
             self.closing, writer = os.pipe()
+            self._gate = _Gate(self.fileno(), self.closing)
         except BaseException:
             self.server_close()
             raise
@@ -5373,22 +5401,18 @@ class Server(socketserver.ThreadingTCPServer):
         """Serve in a thread of its own, and return at once. The end of the program closes it too."""
         _watch_program()
         _open.add(self)
-        self._thread = threading.Thread(target=self.serve_forever, name="streamlog-accept", daemon=True)
-        self._thread.start()
+        self._start_thread()
         return self
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Accept connections until shutdown. (Woken by a descriptor, so that there is no interval to poll at.)"""
+        """Serve until shutdown. (Woken by a descriptor, so that there is no interval to poll at.)"""
         self.serve_until({})
 
     def serve_until(self, others: Mapping[int, int]) -> dict[int, int]:
-        """Accept connections until shutdown, or until any other descriptor is ready; which are."""
-        watched = {self.fileno(): select.POLLIN, self.closing: select.POLLIN, **others}
-        while True:
-            ready = _poll(watched)
-            if ready.keys() - {self.fileno()}:
-                return ready
-            self._accept()
+        """Serve until shutdown, or until any other descriptor is ready; which are."""
+        if not self._waiting:
+            self._start_thread()
+        return _poll({self.closing: select.POLLIN, **others})
 
     def replace(self, commands: Mapping[str, Command]) -> None:
         """Serve these commands from now on, and read the certificate again. Raises ConfigError; then all stays."""
@@ -5396,16 +5420,61 @@ class Server(socketserver.ThreadingTCPServer):
             self._tls_context = _make_tls_context(self.settings)
         self.site.replace(commands)
 
-    def _accept(self) -> None:
+    def _start_thread(self) -> None:
+        threading.Thread(target=self._take_clients, daemon=True, name="streamlog").start()
+
+    def _take_clients(self) -> None:
+        """Wait for a client and serve it, then the next, for as long as few enough others wait.
+
+        Who accepts a client serves it, as to wake another thread takes longer than all else before the command starts.
+        The last one to wait is replaced first. A client is registered as its thread ceases to wait, or a close in
+        between would miss it.
+        """
+        thread = threading.current_thread()
+        while True:
+            with self._lock:
+                if self.is_closing or len(self._waiting) >= _WAITING_MAX:
+                    return
+                self._waiting.add(thread)
+            client = None
+            try:
+                while client is None and not self.is_closing:
+                    client = self._accept()
+            finally:
+                with self._lock:
+                    self._waiting.remove(thread)
+                    is_last = not self._waiting
+                    if client is not None:
+                        self._clients[client] = thread
+            if client is None:
+                return
+            try:
+                if is_last:
+                    self._start_thread()
+            except RuntimeError as error:
+                self._warn_once(error)
+                with self._lock:
+                    del self._clients[client]
+                self._refuse(client)
+            else:
+                self.process_request(client, client.name)
+
+    def _accept(self) -> Optional[_Client]:
+        """Wait for a client; None for none after all, or at shutdown."""
+        self._gate.wait()
+        if self.is_closing:
+            return None
         try:
             sock, address = self.socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
-            return
+            return None
         except OSError as error:  # no descriptor is left: make room, and do not spin on a listener that stays ready
             self._warn_once(error)
             self._evict()
             _poll({self.closing: select.POLLIN}, time.monotonic() + 0.1)
-            return
+            return None
+        finally:
+            self._gate.reopen()
         if self.reach is not Reach.UNIX:
             with contextlib.suppress(OSError):  # it may have been reset already
                 _tune(sock, self.settings.keepalive_seconds)
@@ -5413,25 +5482,11 @@ class Server(socketserver.ThreadingTCPServer):
         client = _Client(sock, address, tls, self.settings.stall_seconds)
         if len(self._clients) >= self._client_max and not self._evict():
             self._refuse(client)
-        else:
-            self.process_request(client, address)
+            return None
+        return client
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a client in a thread. It is registered before that starts, or a close in between would miss it."""
-        arguments = (request, client_address)
-        thread = threading.Thread(target=self.process_request_thread, args=arguments, daemon=True, name="streamlog")
-        with self._lock:
-            self._clients[request] = thread
-        try:
-            thread.start()
-        except RuntimeError as error:
-            self._warn_once(error)
-            with self._lock:
-                del self._clients[request]
-            self._refuse(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a client, and whatever happens close its socket."""
+        """Serve a client in the thread that accepted it, and whatever happens close its socket."""
         try:
             self.finish_request(request, client_address)
         except Exception:
@@ -5501,8 +5556,10 @@ class Server(socketserver.ThreadingTCPServer):
         """
         self.shutdown()
         self.site.log.end()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in list(self._waiting):
+            while thread in self._waiting:  # it has not got a client in the last moment
+                thread.join(0.05)
+        self._gate.close()
         self.server_close()
         runs = sum(client.run is not None for client in list(self._clients))
         if runs:
@@ -5521,6 +5578,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def disown(self) -> None:
         """Let go of all descriptors, in a process that was forked off: they, and what runs, are its parent's."""
+        self._lock = threading.RLock()  # some other thread of the parent may have it
         for client in self._clients:
             client.sock.close()
             if client.run:
@@ -5529,6 +5587,8 @@ class Server(socketserver.ThreadingTCPServer):
         self._shelf.disown()
         self.site.log.disown()
         self.site.log.end()
+        self._waiting.clear()
+        self._gate.close()
         self.socket.close()
         for descriptor in (self.closing, self._closing_writer):
             if descriptor is not None and descriptor >= 0:

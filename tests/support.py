@@ -21,6 +21,7 @@ import streamlog
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(ROOT / "streamlog.py")
+THREADS = 1 + streamlog._WAITING_MAX  # of a server without clients, at most
 SOAK = int(os.environ.get("STREAMLOG_SOAK", "200"))
 IS_ROOT = os.geteuid() == 0
 CERTIFICATE = str(ROOT / "tests" / "localhost.pem")
@@ -63,12 +64,16 @@ def resident_bytes(pid: Union[int, str] = "self") -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def children() -> set[int]:
-    """The children of this process, zombies included."""
+def count_threads(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def children(pid: Union[int, str] = "self") -> set[int]:
+    """The children of a process, zombies included."""
     found: set[int] = set()
-    for thread in os.listdir("/proc/self/task"):
+    for thread in os.listdir(f"/proc/{pid}/task"):
         with contextlib.suppress(OSError):
-            found.update(map(int, Path(f"/proc/self/task/{thread}/children").read_text().split()))
+            found.update(map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()))
     return found
 
 

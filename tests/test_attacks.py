@@ -14,7 +14,6 @@ import threading
 import time
 import unittest
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Optional
 from unittest import mock
 
@@ -25,9 +24,12 @@ from .support import (
     PROGRAM,
     ROOT,
     SOAK,
+    THREADS,
     Program,
     Raw,
     ServerCase,
+    children,
+    count_threads,
     descriptors,
     is_alive,
     pids_in,
@@ -38,6 +40,13 @@ from .support import (
 FORM = "Content-Type: application/x-www-form-urlencoded"
 SLOW_BODY = f"POST /form HTTP/1.1\r\nHost: localhost\r\n{FORM}\r\nContent-Length: 1000\r\n\r\n".encode()
 DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def settle(program: Program, seconds: float) -> None:
+    """Wait until the server has no client, and no thread but those that wait for one."""
+    pid = program.process.pid
+    wait_until(lambda: sum("socket:" in one for one in descriptors(pid)) == 1, "the listener alone is left", seconds)
+    wait_until(lambda: count_threads(pid) <= THREADS, "no other thread is left", seconds)
 
 
 class Bounds(ServerCase):
@@ -206,7 +215,7 @@ class Attacks(ServerCase):
         slowest, count, is_over = 0.0, 0, threading.Event()
         failures = []
         with Program(*arguments, **how) as program:
-            self.settle(program)
+            settle(program, 15)
             before = (len(os.listdir(f"/proc/{program.process.pid}/fd")), resident_bytes(program.process.pid))
 
             def watch() -> None:
@@ -233,15 +242,10 @@ class Attacks(ServerCase):
             self.assertGreater(count, 0)
             self.assertLess(slowest, within)
             wait_until(lambda: program.fetch("/x").body == b"x\n", "it serves as before")
-            self.settle(program)
+            settle(program, 15)
             after = (len(os.listdir(f"/proc/{program.process.pid}/fd")), resident_bytes(program.process.pid))
             self.assertEqual(after[0], before[0])
             self.assertLess(after[1] - before[1], 40 << 20)
-            self.assertEqual(os.listdir(f"/proc/{program.process.pid}/task"), [str(program.process.pid)])
-
-    def settle(self, program: Program) -> None:
-        """Wait until nothing but the accepting thread is left."""
-        wait_until(lambda: len(os.listdir(f"/proc/{program.process.pid}/task")) == 1, "no thread is left", 15)
 
     @contextlib.contextmanager
     def swarm(self, program: Program, size: int, opening: bytes = b"") -> Iterator[list[Raw]]:
@@ -454,12 +458,8 @@ class Soak(ServerCase):
             thread.join()
         self.assertEqual(failures, [])
 
-    def measure(self, program: Program) -> tuple[set[str], list[int], int]:
+    def measure(self, program: Program) -> tuple[set[str], set[int], int]:
         """What the server holds once all is over: descriptors, processes it has started, and bytes of memory."""
         pid = program.process.pid
-        wait_until(lambda: len(os.listdir(f"/proc/{pid}/task")) == 1, "no thread is left", 30)
-        # A connection that was accepted just now has no thread yet.
-        wait_until(lambda: sum("socket:" in one for one in descriptors(pid)) == 1, "the listener alone is left", 30)
-        wait_until(lambda: len(os.listdir(f"/proc/{pid}/task")) == 1, "nor is its thread", 30)
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return descriptors(pid), [int(child) for child in children], resident_bytes(pid)
+        settle(program, 30)
+        return descriptors(pid), children(pid), resident_bytes(pid)

@@ -127,6 +127,20 @@ class Starting(EmbeddingCase):
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, input="", stdout=-1, text=True, timeout=20)
         self.assertEqual(sorted(done.stdout.split()), ["4", "free"])
 
+    def test_a_worker_that_was_forked_while_another_thread_had_a_lock_ends(self) -> None:
+        script = (
+            "import os, streamlog, threading\n"
+            "server = streamlog.start({'x': 'echo x'}, port=0)\n"
+            "held, forked = threading.Event(), threading.Event()\n"
+            "def hold():\n"
+            "    with server._lock: held.set(); forked.wait()\n"
+            "threading.Thread(target=hold).start(); held.wait()\n"
+            "pid = os.fork(); forked.set()\n"
+            "if pid: print(os.waitpid(pid, 0)[1])\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-3, text=True, timeout=20)
+        self.assertEqual(done.stdout, "0\n")
+
     def test_serve_is_its_blocking_twin(self) -> None:
         script = (
             "import signal, streamlog\n"

@@ -73,11 +73,14 @@ class Log(InsightCase):
     def test_the_handler_is_there_while_somebody_looks(self) -> None:
         server = self.start({})
         before = list(logging.root.handlers)
-        threads = threading.active_count()
         with self.watch(server):
             self.assertEqual(logging.root.handlers, [*before, server.site.log])
+            self.assertIn("streamlog-log", self.threads())
         wait_until(lambda: logging.root.handlers == before, "it is gone")
-        wait_until(lambda: threading.active_count() <= threads, "and so is its thread")
+        wait_until(lambda: "streamlog-log" not in self.threads(), "and so is its thread")
+
+    def threads(self) -> list[str]:
+        return [thread.name for thread in threading.enumerate()]
 
     def test_the_newest_records_come_first_where_they_are_kept(self) -> None:
         server = self.start({}, log=10_000)

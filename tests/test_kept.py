@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -17,7 +16,6 @@ import threading
 import time
 import types
 import unittest
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,6 +28,7 @@ from .support import (
     SOAK,
     Program,
     ServerCase,
+    children,
     descriptors,
     is_alive,
     pids_in,
@@ -777,10 +776,7 @@ class Faults(KeptCase):
                 program.fetch("/y?wait")
             wait_until(lambda: note.exists() and note.read_text(), "it runs")
             (pid,) = pids_in(note.read_bytes())
-            theirs: list[int] = []
-            for path in Path(f"/proc/{program.process.pid}/task").glob("*/children"):
-                with contextlib.suppress(OSError):  # a thread that has ended
-                    theirs += map(int, path.read_text().split())
+            theirs = children(program.process.pid)
             program.process.kill()
             program.end()
         self.assertIn(pid, theirs)

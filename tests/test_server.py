@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -497,6 +498,41 @@ class Streaming(ServerCase):
         for number, client in enumerate(clients):
             self.assertEqual(client.read_answer().body, b"%d\n%d\n" % (number, number))
             client.sock.close()
+
+    def test_few_threads_wait_for_clients_and_are_used_again(self) -> None:
+        server = self.serve({"x": "echo x", "hold": "!echo; sleep 300"})
+        with mock.patch.object(server, "_start_thread", wraps=server._start_thread) as started:
+            for _ in range(50):
+                self.assertEqual(self.fetch(server, "/x").body, b"x\n")
+                wait_until(lambda: not server._clients, "it has gone")
+            self.assertLessEqual(started.call_count, 2)
+            with contextlib.ExitStack() as stack:
+                for client in [stack.enter_context(self.connect(server)) for _ in range(20)]:
+                    client.get("/hold")
+                    client.read_head()
+                self.assertEqual(self.fetch(server, "/x").body, b"x\n")
+                self.assertGreaterEqual(started.call_count, 19)
+
+        def serving() -> set[threading.Thread]:
+            return {thread for thread in threading.enumerate() if thread.name == "streamlog"}
+
+        wait_until(lambda: len(server._waiting) == streamlog._WAITING_MAX, "as many as may wait do")
+        wait_until(lambda: serving() == server._waiting, "the others have ended")
+
+    def test_where_there_is_no_epoll_each_client_is_served_once(self) -> None:
+        with mock.patch.object(select, "epoll", create=True):
+            del select.epoll
+            server = self.serve({"x": "!echo {n:int}; sleep 0.2; echo {n}"}, max_runs=50)
+        for number in range(5):
+            self.assertEqual(self.fetch(server, f"/x?n={number}").body, b"%d\n" % number * 2)
+        clients = [self.connect(server) for _ in range(50)]
+        for number, client in enumerate(clients):
+            client.get(f"/x?n={number}")
+        for number, client in enumerate(clients):
+            self.assertEqual(client.read_answer().body, b"%d\n" % number * 2)
+            client.sock.close()
+        wait_until(lambda: len(server._waiting) > 1 and not server._clients, "several wait")
+        self.assertEqual(self.fetch(server, "/x?n=1").body, b"1\n1\n")
 
     def test_a_reader_that_stops_reading_holds_its_own_command_and_nothing_else(self) -> None:
         server = self.serve({"yes": "yes", "x": "echo x"})
