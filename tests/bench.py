@@ -322,12 +322,12 @@ def run(peer: Peer) -> Iterator[Server]:
         try:
             wait_for_port(port, process)
             server = Server(peer, port, folder, process)
-            with server.ask("echo") as sock:
-                answer = read_all(sock)
-            if MARK not in answer:
-                raise SystemExit(
-                    f"{peer.name} does not run echo: {answer[:200]!r} {(folder / 'log').read_text()[-500:]}"
-                )
+            deadline = time.monotonic() + 5  # for what stands behind the port, such as fcgiwrap
+            while MARK not in (answer := ask_for_all(server, "echo")):
+                if time.monotonic() > deadline:
+                    log = (folder / "log").read_text()
+                    raise SystemExit(f"{peer.name} does not run echo: {answer[:200]!r} {log[-500:]}")
+                time.sleep(0.01)
             yield server
         finally:
             end(process)
@@ -344,6 +344,11 @@ def read_all(sock: socket.socket) -> bytes:
         while data := sock.recv(65536):
             answer += data
     return answer
+
+
+def ask_for_all(server: Server, name: str) -> bytes:
+    with server.ask(name) as sock:
+        return read_all(sock)
 
 
 def first(server: Server, count: int = 200) -> Figures:
