@@ -2276,9 +2276,7 @@ class Run:
 
     def _note_exit(self) -> None:
         """It has ended. What is in the pipes, or comes in the drain time, still belongs to the answer."""
-        if self._exit_watch is not None:
-            os.close(self._exit_watch)
-            self._exit_watch = None
+        self._drop_exit_watch()
         self._due.pop(self._time_out, None)
         self._due[self._end_drain] = time.monotonic() + self._settings.drain_seconds
 
@@ -2316,17 +2314,20 @@ class Run:
         self.reason, self._release = self.reason or _FORKED, None
         self._lock = threading.RLock()  # some other thread of the parent may have it
         self._drop_outputs()
-        if self._exit_watch is not None:
-            os.close(self._exit_watch)
-            self._exit_watch = None
+        self._drop_exit_watch()
+
+    def _drop_exit_watch(self) -> None:
+        watch, self._exit_watch = self._exit_watch, None
+        if watch is not None:
+            os.close(watch)
 
     def _drop_outputs(self) -> None:
         for descriptor in list(self.outputs):
             self._close_output(descriptor)
 
     def _close_output(self, descriptor: int) -> None:
+        del self.outputs[descriptor]  # first: a fork in between would find it closed
         os.close(descriptor)
-        del self.outputs[descriptor]
         self._room = memoryview(b"")
 
 
@@ -4886,7 +4887,7 @@ def _head_bytes(status: int, headers: Mapping[str, str], is_reusable: bool) -> b
 
 
 class _Handler(socketserver.BaseRequestHandler):
-    """One connection: request after request, in a thread of its own. Its `request` is a _Client."""
+    """One connection: request after request, in a thread that has no other. Its `request` is a _Client."""
 
     server: Server
     request: _Client
@@ -5261,14 +5262,18 @@ def _watch_program() -> None:
 
 class _Gate:
     """Where threads wait for a client, or for the server's end. Of those that wait one is let through, and the next one
-    when it is reopened (epoll_ctl(2), EPOLLONESHOT); where there is no epoll, each client lets all through."""
+    when he has reopened it (epoll_ctl(2), EPOLLONESHOT); where there is no epoll, each client lets all through."""
 
     def __init__(self, listener: int, closing: int) -> None:
         self._listener, self._closing = listener, closing
-        self._epoll = select.epoll() if hasattr(select, "epoll") else None
-        if self._epoll is not None:
-            self._epoll.register(closing, select.EPOLLIN)
-            self._epoll.register(listener, select.EPOLLIN | select.EPOLLONESHOT)
+        self._epoll: Any = None
+
+    def open(self) -> None:
+        """To be called in the process that serves: one that was forked off later would be let through in its place."""
+        if hasattr(select, "epoll"):
+            self._epoll = select.epoll()
+            self._epoll.register(self._closing, select.EPOLLIN)
+            self._epoll.register(self._listener, select.EPOLLIN | select.EPOLLONESHOT)
 
     def wait(self) -> None:
         if self._epoll is None:
@@ -5290,7 +5295,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     commands: by name. settings: see Settings. listener: a socket that listens already, in place of one at
     `settings.bind`; it is closed with the server. `url` and `port` say where it listens. `serve_forever` serves until
-    `shutdown`; `start` does so in a thread. Close it with `close`, or use it as a context manager.
+    `shutdown`; `start` does so in threads. Close it with `close`, or use it as a context manager.
     """
 
     # What http.server's ThreadingHTTPServer is; that would load http.client, and so ssl, where nobody speaks TLS.
@@ -5328,6 +5333,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._clients: dict[_Client, threading.Thread] = {}
         self.site.count_clients = self._clients.__len__
         self._waiting: set[threading.Thread] = set()  # those that wait for a client
+        self._is_begun = False
         self._warned_at = -math.inf
         super().__init__(address, _Handler, bind_and_activate=False)
         try:
@@ -5398,21 +5404,28 @@ class Server(socketserver.ThreadingTCPServer):
         return self._closing_writer is None
 
     def start(self) -> Server:
-        """Serve in a thread of its own, and return at once. The end of the program closes it too."""
+        """Serve in threads of its own, and return at once. The end of the program closes it too."""
         _watch_program()
         _open.add(self)
-        self._start_thread()
+        self._begin()
         return self
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until shutdown. (Woken by a descriptor, so that there is no interval to poll at.)"""
+        """Serve, and return at shutdown. (Woken by a descriptor, so that there is no interval to poll at.)"""
         self.serve_until({})
 
     def serve_until(self, others: Mapping[int, int]) -> dict[int, int]:
-        """Serve until shutdown, or until any other descriptor is ready; which are."""
-        if not self._waiting:
-            self._start_thread()
+        """Serve, and return at shutdown, or when any other descriptor is ready; which are. Serving goes on then."""
+        self._begin()
         return _poll({self.closing: select.POLLIN, **others})
+
+    def _begin(self) -> None:
+        """Have clients taken from now on. Raises Error if there is no thread for it."""
+        if not self._is_begun:
+            self._gate.open()
+            if not self._start_thread():
+                raise Error("cannot start a thread: raise the limit of processes (ulimit -u), or end some")
+            self._is_begun = True
 
     def replace(self, commands: Mapping[str, Command]) -> None:
         """Serve these commands from now on, and read the certificate again. Raises ConfigError; then all stays."""
@@ -5420,8 +5433,14 @@ class Server(socketserver.ThreadingTCPServer):
             self._tls_context = _make_tls_context(self.settings)
         self.site.replace(commands)
 
-    def _start_thread(self) -> None:
-        threading.Thread(target=self._take_clients, daemon=True, name="streamlog").start()
+    def _start_thread(self) -> bool:
+        """Have one more thread take clients; whether it could be had."""
+        try:
+            threading.Thread(target=self._take_clients, daemon=True, name="streamlog").start()
+        except (RuntimeError, MemoryError) as error:
+            self._warn_once(error)
+            return False
+        return True
 
     def _take_clients(self) -> None:
         """Wait for a client and serve it, then the next, for as long as few enough others wait.
@@ -5436,50 +5455,52 @@ class Server(socketserver.ThreadingTCPServer):
                 if self.is_closing or len(self._waiting) >= _WAITING_MAX:
                     return
                 self._waiting.add(thread)
-            client = None
-            try:
-                while client is None and not self.is_closing:
-                    client = self._accept()
-            finally:
-                with self._lock:
-                    self._waiting.remove(thread)
-                    is_last = not self._waiting
-                    if client is not None:
-                        self._clients[client] = thread
+            client = self._wait_for_client()
+            with self._lock:
+                self._waiting.remove(thread)
+                is_last = not self._waiting
+                if client is not None:
+                    self._clients[client] = thread
             if client is None:
                 return
-            try:
-                if is_last:
-                    self._start_thread()
-            except RuntimeError as error:
-                self._warn_once(error)
+            if is_last and not self._start_thread():
                 with self._lock:
                     del self._clients[client]
                 self._refuse(client)
             else:
                 self.process_request(client, client.name)
 
+    def _wait_for_client(self) -> Optional[_Client]:
+        """The next client; None at shutdown. Whatever happens to one, others are waited for."""
+        client = None
+        while client is None and not self.is_closing:
+            self._gate.wait()
+            try:
+                client = None if self.is_closing else self._accept()
+            except Exception as error:
+                # No descriptor is left, most likely: make room, and do not spin on a listener that stays ready.
+                self._warn_once(error)
+                self._evict()
+                _poll({self.closing: select.POLLIN}, time.monotonic() + 0.1)
+            finally:
+                self._gate.reopen()
+        return client
+
     def _accept(self) -> Optional[_Client]:
-        """Wait for a client; None for none after all, or at shutdown."""
-        self._gate.wait()
-        if self.is_closing:
-            return None
+        """Accept a client; None if it has gone already, or is turned away."""
         try:
             sock, address = self.socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None
-        except OSError as error:  # no descriptor is left: make room, and do not spin on a listener that stays ready
-            self._warn_once(error)
-            self._evict()
-            _poll({self.closing: select.POLLIN}, time.monotonic() + 0.1)
-            return None
-        finally:
-            self._gate.reopen()
-        if self.reach is not Reach.UNIX:
-            with contextlib.suppress(OSError):  # it may have been reset already
-                _tune(sock, self.settings.keepalive_seconds)
-        tls = _Tls(self._tls_context) if self._tls_context else None
-        client = _Client(sock, address, tls, self.settings.stall_seconds)
+        try:
+            if self.reach is not Reach.UNIX:
+                with contextlib.suppress(OSError):  # it may have been reset already
+                    _tune(sock, self.settings.keepalive_seconds)
+            tls = _Tls(self._tls_context) if self._tls_context else None
+            client = _Client(sock, address, tls, self.settings.stall_seconds)
+        except BaseException:
+            sock.close()
+            raise
         if len(self._clients) >= self._client_max and not self._evict():
             self._refuse(client)
             return None
@@ -5500,7 +5521,9 @@ class Server(socketserver.ThreadingTCPServer):
         """Log a shortage now and then, and not at each connection that it costs."""
         if time.monotonic() >= self._warned_at + _WARN_SECONDS:
             self._warned_at = time.monotonic()
-            _log.warning("cannot serve a new connection: %s", error)
+            is_bug = not isinstance(error, (OSError, RuntimeError, MemoryError))
+            with contextlib.suppress(Exception):  # a program that embeds us may have filters of its own
+                _log.warning("cannot serve a new connection: %s", str(error) or repr(error), exc_info=is_bug)
 
     def _refuse(self, client: _Client) -> None:
         """Turn a client away. What it has sent is read first, for a close would reset the connection otherwise."""
@@ -5557,7 +5580,8 @@ class Server(socketserver.ThreadingTCPServer):
         self.shutdown()
         self.site.log.end()
         for thread in list(self._waiting):
-            while thread in self._waiting:  # it has not got a client in the last moment
+            # One that has just got a client waits no more, and is joined with the others; in a fork all have gone.
+            while thread in self._waiting and thread.is_alive():
                 thread.join(0.05)
         self._gate.close()
         self.server_close()
@@ -5579,6 +5603,9 @@ class Server(socketserver.ThreadingTCPServer):
     def disown(self) -> None:
         """Let go of all descriptors, in a process that was forked off: they, and what runs, are its parent's."""
         self._lock = threading.RLock()  # some other thread of the parent may have it
+        self._waiting.clear()
+        self._gate.close()
+        self.socket.close()
         for client in self._clients:
             client.sock.close()
             if client.run:
@@ -5587,9 +5614,6 @@ class Server(socketserver.ThreadingTCPServer):
         self._shelf.disown()
         self.site.log.disown()
         self.site.log.end()
-        self._waiting.clear()
-        self._gate.close()
-        self.socket.close()
         for descriptor in (self.closing, self._closing_writer):
             if descriptor is not None and descriptor >= 0:
                 os.close(descriptor)
@@ -6348,7 +6372,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"streamlog: cannot listen on {where}: {why}{advice}", file=sys.stderr)
         return 2
     _configure_logging(options)
-    _serve(server, commands, options)
+    try:
+        _serve(server, commands, options)
+    except Error as error:
+        print(f"streamlog: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -141,6 +141,40 @@ class Starting(EmbeddingCase):
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-3, text=True, timeout=20)
         self.assertEqual(done.stdout, "0\n")
 
+    def test_a_fork_that_leaves_the_block_of_a_server_ends(self) -> None:
+        script = (
+            "import os, streamlog, threading\n"
+            "with streamlog.Server({}, streamlog.Settings(port=0)) as server:\n"
+            "    threading.Thread(target=server.serve_forever).start()\n"
+            "    while not server._waiting: pass\n"
+            "    pid = os.fork()\n"
+            "if pid: print(os.waitpid(pid, 0)[1])\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-3, text=True, timeout=20)
+        self.assertEqual(done.stdout, "0\n")
+
+    def test_of_processes_that_serve_by_one_listener_one_may_die_at_any_moment(self) -> None:
+        script = (
+            "import os, signal, socket, streamlog, time\n"
+            "server = streamlog.Server({}, streamlog.Settings(port=0))\n"
+            "def work(dies):\n"
+            "    pid = os.fork()\n"
+            "    if not pid:\n"
+            "        if dies: socket.socket.accept = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "        server.serve_forever()\n"
+            "    time.sleep(0.3)\n"
+            "    return pid\n"
+            "def ask():\n"
+            "    with socket.create_connection(('127.0.0.1', server.port), 5) as client:\n"
+            "        client.sendall(b'GET /-/healthy HTTP/1.0\\r\\nHost: localhost\\r\\n\\r\\n')\n"
+            "        return client.recv(12) == b'HTTP/1.1 200'\n"
+            "pids = [work(False), work(True)]\n"
+            "try: print(all([ask() for _ in range(5)]))\n"
+            "finally: os.kill(pids[0], signal.SIGKILL); print(*[os.waitpid(pid, 0)[1] for pid in pids])\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-1, text=True, timeout=60)
+        self.assertEqual(done.stdout, "True\n9 9\n", done.stderr)
+
     def test_serve_is_its_blocking_twin(self) -> None:
         script = (
             "import signal, streamlog\n"

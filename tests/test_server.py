@@ -782,6 +782,26 @@ class Limits(ServerCase):
         self.assertEqual(len(logged.output), 1)
         self.assertEqual(self.fetch(server, "/x").body, b"x\n")
 
+    def test_no_thread_at_all_is_told_of(self) -> None:
+        server = streamlog.Server({}, streamlog.Settings(port=0))
+        self.addCleanup(server.close)
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError):
+            with self.assertRaisesRegex(streamlog.Error, "ulimit -u"), self.assertLogs("streamlog", "WARNING"):
+                server.start()
+        self.assertEqual(self.fetch(server.start(), "/-/healthy").body, b"ok")
+
+    def test_a_bug_or_no_memory_at_a_connection_s_start_costs_that_only(self) -> None:
+        server = self.serve({"x": "echo x"})
+        for error in (MemoryError, ZeroDivisionError):
+            with mock.patch.object(streamlog, "_Client", side_effect=error), mock.patch.object(server, "_warned_at", 0):
+                with self.assertLogs("streamlog", "WARNING") as logged, self.connect(server) as client:
+                    client.get("/x")
+                    self.assertTrue(client.is_closed())
+                    wait_until(lambda: logged.output, "it is told of")
+            self.assertIn(error.__name__, logged.output[0])
+            for _ in range(2 * streamlog._WAITING_MAX):
+                self.assertEqual(self.fetch(server, "/x").body, b"x\n")
+
     def test_a_bug_in_an_answer_costs_its_connection_only(self) -> None:
         server = self.serve({"x": "yes"})
         with mock.patch.object(streamlog.Text, "feed", side_effect=ZeroDivisionError):
