@@ -5407,7 +5407,7 @@ class Server(socketserver.ThreadingTCPServer):
         """Serve in threads of its own, and return at once. The end of the program closes it too."""
         _watch_program()
         _open.add(self)
-        self._begin()
+        self.begin()
         return self
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -5416,11 +5416,11 @@ class Server(socketserver.ThreadingTCPServer):
 
     def serve_until(self, others: Mapping[int, int]) -> dict[int, int]:
         """Serve, and return at shutdown, or when any other descriptor is ready; which are. Serving goes on then."""
-        self._begin()
+        self.begin()
         return _poll({self.closing: select.POLLIN, **others})
 
-    def _begin(self) -> None:
-        """Have clients taken from now on. Raises Error if there is no thread for it."""
+    def begin(self) -> None:
+        """Have clients taken from now on, in threads. Raises Error if there is none to be had."""
         if not self._is_begun:
             self._gate.open()
             if not self._start_thread():
@@ -6326,6 +6326,7 @@ def _serve(server: Server, commands: Mapping[str, Command], options: argparse.Na
         others[reader] = select.POLLIN
         can_reload = (options.config is not None or options.tls_cert) and not _has_terminal()
         _handle_signals(server, writer, can_reload)
+        server.begin()
         _announce(server, commands, options.quiet)
         _notify("READY=1")
         while reader in server.serve_until(others) and not server.is_closing:
