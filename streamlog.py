@@ -4669,7 +4669,7 @@ class _Client:
         self.lost = ""  # why there is nobody to talk to, once there is not
         self.is_evicted = False
         self.is_held = False  # not read from: the command does not take what it has sent
-        self.idle_since: Optional[float] = time.monotonic()  # None while a request is being answered
+        self.idle_since: Optional[float] = None  # while it is being waited for, and not answered
         self.run: Optional[Run] = None
         self._tls = tls
         self._stall_seconds = stall_seconds or math.inf
@@ -4900,8 +4900,10 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         with contextlib.suppress(_ClientGone):
-            while self._serve_one():
+            is_reusable = True
+            while is_reusable:
                 self._client.idle_since = time.monotonic()
+                is_reusable = self._serve_one()
 
     def finish(self) -> None:
         """Let the client read the answer first: closing while it is still sending resets what it has not read."""
