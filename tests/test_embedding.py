@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import typing
+import unittest
 from collections.abc import Iterator
 from typing import Any, Literal
 from unittest import mock
@@ -127,32 +128,30 @@ class Starting(EmbeddingCase):
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, input="", stdout=-1, text=True, timeout=20)
         self.assertEqual(sorted(done.stdout.split()), ["4", "free"])
 
+    def assert_fork_ends(self, script: str) -> None:
+        script = f"import os, streamlog, threading, time\n{script}if pid: print(os.waitpid(pid, 0)[1])\n"
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-3, text=True, timeout=20)
+        self.assertEqual(done.stdout, "0\n")
+
     def test_a_worker_that_was_forked_while_another_thread_had_a_lock_ends(self) -> None:
-        script = (
-            "import os, streamlog, threading\n"
+        self.assert_fork_ends(
             "server = streamlog.start({'x': 'echo x'}, port=0)\n"
             "held, forked = threading.Event(), threading.Event()\n"
             "def hold():\n"
             "    with server._lock: held.set(); forked.wait()\n"
             "threading.Thread(target=hold).start(); held.wait()\n"
             "pid = os.fork(); forked.set()\n"
-            "if pid: print(os.waitpid(pid, 0)[1])\n"
         )
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-3, text=True, timeout=20)
-        self.assertEqual(done.stdout, "0\n")
 
     def test_a_fork_that_leaves_the_block_of_a_server_ends(self) -> None:
-        script = (
-            "import os, streamlog, threading\n"
+        self.assert_fork_ends(
             "with streamlog.Server({}, streamlog.Settings(port=0)) as server:\n"
             "    threading.Thread(target=server.serve_forever).start()\n"
-            "    while not server._waiting: pass\n"
+            "    while not server._waiting: time.sleep(0.01)\n"
             "    pid = os.fork()\n"
-            "if pid: print(os.waitpid(pid, 0)[1])\n"
         )
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-3, text=True, timeout=20)
-        self.assertEqual(done.stdout, "0\n")
 
+    @unittest.skipUnless(sys.platform == "linux", "by /proc")
     def test_of_processes_that_serve_by_one_listener_one_may_die_at_any_moment(self) -> None:
         script = (
             "import os, signal, socket, streamlog, time\n"
@@ -162,7 +161,8 @@ class Starting(EmbeddingCase):
             "    if not pid:\n"
             "        if dies: socket.socket.accept = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
             "        server.serve_forever()\n"
-            "    time.sleep(0.3)\n"
+            "    while len(os.listdir(f'/proc/{pid}/task')) < 2: time.sleep(0.01)\n"
+            "    time.sleep(0.1)  # until its thread waits: who came last is let through first\n"
             "    return pid\n"
             "def ask():\n"
             "    with socket.create_connection(('127.0.0.1', server.port), 5) as client:\n"

@@ -757,6 +757,22 @@ class Limits(ServerCase):
             answer = self.fetch(server, "/")
             self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "1"))
 
+    def test_who_has_not_been_listened_to_yet_is_not_evicted(self) -> None:
+        server = self.serve({"x": "echo x"})
+        real, is_free = server.process_request, threading.Event()
+
+        def process(client: streamlog._Client, address: object) -> None:
+            is_free.wait(10)
+            real(client, address)
+
+        with mock.patch.object(server, "_client_max", 1), mock.patch.object(server, "process_request", process):
+            with self.connect(server) as client:
+                client.get("/x")
+                wait_until(lambda: server._clients, "it is accepted")
+                self.assertEqual(self.fetch(server, "/x").status, 503)
+                is_free.set()
+                self.assertEqual(client.read_answer().body, b"x\n")
+
     def test_an_evicted_connection_does_not_run_what_it_asked_for_meanwhile(self) -> None:
         mark = self.folder / "mark"
         server = self.serve({"x": f"touch {mark}"})
