@@ -64,6 +64,12 @@ def resident_bytes(pid: Union[int, str] = "self") -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def processor_seconds(pid: int) -> float:
+    """What a process has had of the processors, for itself and within the system (proc_pid_stat(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def count_threads(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 

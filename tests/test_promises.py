@@ -17,7 +17,17 @@ from pathlib import Path
 import streamlog
 from streamlog import Command
 
-from .support import PROGRAM, ROOT, Program, ServerCase, is_alive, pids_in, resident_bytes, wait_until
+from .support import (
+    PROGRAM,
+    ROOT,
+    Program,
+    ServerCase,
+    is_alive,
+    pids_in,
+    processor_seconds,
+    resident_bytes,
+    wait_until,
+)
 
 CURL = shutil.which("curl")
 
@@ -101,10 +111,9 @@ class Promises(ServerCase):
 
     def is_quiet(self, pid: int) -> bool:
         """Whether a process uses no processor time for a moment."""
-        stat = Path(f"/proc/{pid}/stat")
-        before = stat.read_text().split()[13:15]
+        before = processor_seconds(pid)
         time.sleep(0.1)
-        return stat.read_text().split()[13:15] == before
+        return processor_seconds(pid) == before
 
     def test_6_allow_listed_no_value_is_read_as_shell_text_or_an_option(self) -> None:
         mark = self.folder / "mark"

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 import unittest
-from pathlib import Path
 from unittest import mock
 
 import streamlog
@@ -32,6 +31,7 @@ from .support import (
     ServerCase,
     is_alive,
     pids_in,
+    processor_seconds,
     resident_bytes,
     wait_until,
 )
@@ -1105,9 +1105,9 @@ class Shortages(ServerCase):
         for client in clients[:8]:
             statuses.add(client.read_head()[0])
         self.assertLessEqual(statuses, {200, 503})
-        used = self.processor_seconds(process.pid)
+        used = processor_seconds(process.pid)
         time.sleep(1)
-        self.assertLess(self.processor_seconds(process.pid) - used, 0.3)
+        self.assertLess(processor_seconds(process.pid) - used, 0.3)
         for client in clients:
             client.sock.close()
 
@@ -1117,10 +1117,6 @@ class Shortages(ServerCase):
                 return client.more() and client.read_answer().body == b"x\n"
 
         wait_until(works, "it answers again")
-
-    def processor_seconds(self, pid: int) -> float:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def test_a_connection_is_served_and_told_where_no_process_can_be_forked(self) -> None:
         if not IS_ROOT:
