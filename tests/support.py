@@ -324,6 +324,14 @@ def trusting() -> ssl.SSLContext:
     return context
 
 
+def try_connect(address: Union[tuple[str, int], str]) -> Optional[Raw]:
+    """A client, once somebody listens there."""
+    try:
+        return Raw(address)
+    except OSError:
+        return None
+
+
 def run_program(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run streamlog.py to its end."""
     return subprocess.run(

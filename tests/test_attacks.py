@@ -14,7 +14,7 @@ import threading
 import time
 import unittest
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 from unittest import mock
 
 import streamlog
@@ -35,6 +35,7 @@ from .support import (
     pids_in,
     processor_seconds,
     resident_bytes,
+    try_connect,
     wait_until,
 )
 
@@ -358,16 +359,11 @@ class Attacks(ServerCase):
         with open("/dev/full", "wb") as full:
             command = [sys.executable, PROGRAM, "-p", str(port), "x=echo x"]
             with subprocess.Popen(command, stdout=full, stderr=full, cwd=ROOT) as process:
-                with wait_until(lambda: self.try_connect(port), "it listens") as client:
+                with wait_until(lambda: try_connect(("127.0.0.1", port)), "it listens") as client:
                     client.get("/x")
                     self.assertEqual(client.read_answer().body, b"x\n")
                 process.terminate()
                 self.assertEqual(process.wait(10), 0)
-
-    def try_connect(self, port: int) -> Optional[Raw]:
-        with contextlib.suppress(OSError):
-            return Raw(("127.0.0.1", port))
-        return None
 
 
 class Soak(ServerCase):

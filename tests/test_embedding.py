@@ -24,7 +24,7 @@ from unittest import mock
 import streamlog
 from streamlog import Command, ConfigError, Settings
 
-from .support import ROOT, SOAK, Raw, ServerCase, is_alive, wait_until
+from .support import ROOT, SOAK, Raw, ServerCase, is_alive, try_connect, wait_until
 
 
 class Colour(enum.Enum):
@@ -186,8 +186,7 @@ class Starting(EmbeddingCase):
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
         path = self.folder / "socket"
-        wait_until(path.exists, "it listens")
-        with Raw(str(path)) as client:
+        with wait_until(lambda: try_connect(str(path)), "it listens") as client:
             client.get("/x")
             self.assertEqual(client.read_answer().body, b"x\n")
         process.send_signal(2)
