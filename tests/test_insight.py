@@ -348,9 +348,8 @@ class Stacks(InsightCase):
     def test_it_shows_a_program_that_hangs_in_c(self) -> None:
         script = (
             "import streamlog, time\n"
-            "server = streamlog.start({}, port=0); print(server.port, flush=True)\n"
-            "def stuck(): time.sleep(60)\n"
-            "stuck()\n"
+            "def stuck(): print(server.port, flush=True); time.sleep(60)\n"
+            "server = streamlog.start({}, port=0); stuck()\n"
         )
         process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=-1, text=True)
         self.addCleanup(process.communicate)
