@@ -6323,7 +6323,8 @@ def _serve(server: Server, commands: Mapping[str, Command], options: argparse.Na
     if sys.argv[0] in ("", "-"):  # this program came by standard input, as from ssh: end when its stderr has no reader
         others[2] = 0  # poll tells of a hang-up unasked
     # At this interval each thread that waits for the interpreter's lock looks for it. At the usual 5 ms, two thousand
-    # clients that leave at once keep two processors busy with that alone for seconds.
+    # clients that leave at once keep two processors busy with that alone for seconds; and on Python 3.10, where a start
+    # keeps the lock, a hundred starts at once on a busy machine can take longer than half a minute.
     sys.setswitchinterval(0.05)
     reader, writer = os.pipe()
     try:

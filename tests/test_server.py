@@ -27,6 +27,7 @@ from .support import (
     ROOT,
     SOAK,
     Answer,
+    Program,
     Raw,
     ServerCase,
     is_alive,
@@ -491,13 +492,13 @@ class Streaming(ServerCase):
         self.assertEqual(found, [200] * 300)
 
     def test_two_hundred_clients_at_once_each_get_their_own(self) -> None:
-        server = self.serve({"x": "!echo {n:int}; sleep 0.2; echo {n}"}, max_runs=200)
-        clients = [self.connect(server) for _ in range(200)]
-        for number, client in enumerate(clients):
-            client.get(f"/x?n={number}")
-        for number, client in enumerate(clients):
-            self.assertEqual(client.read_answer().body, b"%d\n%d\n" % (number, number))
-            client.sock.close()
+        arguments = ("-q", "-p", "0", "--max-runs", "200", "x=!echo {n:int}; sleep 0.2; echo {n}")
+        with Program(*arguments) as program, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(program.connect()) for _ in range(200)]
+            for number, client in enumerate(clients):
+                client.get(f"/x?n={number}")
+            for number, client in enumerate(clients):
+                self.assertEqual(client.read_answer().body, b"%d\n%d\n" % (number, number))
 
     def test_few_threads_wait_for_clients_and_are_used_again(self) -> None:
         server = self.serve({"x": "echo x", "hold": "!echo; sleep 300"})
