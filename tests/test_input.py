@@ -436,7 +436,7 @@ class Terminals(InputCase):
             client.read_head()
             self.send(
                 client,
-                b"sleep 303 & (trap '' HUP TERM; exec sleep 304) & echo $$ $! started; nohup sleep 305 &\n",
+                b"sleep 303 & (trap '' HUP TERM; exec sleep 304) & echo $$ $! started; nohup sleep 305 >/dev/null &\n",
             )
             said = b""
             while b" started" not in said:
