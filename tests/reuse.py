@@ -10,6 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 
 from streamlog import Command, Process, Settings
 
@@ -24,7 +25,7 @@ def leave_group() -> Process:
     script = "!(trap '' TERM; sleep 300) >/dev/null 2>&1 & sleep 0.01"
     run = Process(Command(script).bind("x", {}), Settings(grace_seconds=60), None, lambda: None)
     while not run.is_over:
-        for descriptor in run.wait({}):
+        for descriptor in run.wait({}).keys() & run.outputs.keys():
             run.read(descriptor)
     os.killpg(run.pid, 9)
     with contextlib.suppress(ChildProcessError):
@@ -40,9 +41,9 @@ def main(count: int) -> None:
         set_next_pid(run.pid)
         stranger = subprocess.Popen(["sleep", "300"], start_new_session=True)
         if stranger.pid == run.pid:  # else somebody else was faster
-            run.kill()
-            run._signal(15)
-            run._check_group()
+            run.stop("once more", grace=0)
+            for _ in range(3):
+                run.wait({}, time.monotonic())
             with contextlib.suppress(subprocess.TimeoutExpired):
                 stranger.wait(0.002)
             assert stranger.poll() is None, "the stranger was hit"

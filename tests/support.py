@@ -21,7 +21,7 @@ import streamlog
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(ROOT / "streamlog.py")
-THREADS = 1 + streamlog._WAITING_MAX  # of a server without clients, at most
+THREADS = 2  # of streamlog.py without clients: one heeds signals, one accepts
 SOAK = int(os.environ.get("STREAMLOG_SOAK", "200"))
 IS_ROOT = os.geteuid() == 0
 CERTIFICATE = str(ROOT / "tests" / "localhost.pem")
@@ -68,6 +68,17 @@ def processor_seconds(pid: int) -> float:
     """What a process has had of the processors, for itself and within the system (proc_pid_stat(5))."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def is_held_back(pid: int) -> bool:
+    """Whether a process that writes all the time has written nothing for a while (proc_pid_io(5))."""
+
+    def written() -> bytes:
+        return re.findall(rb"wchar: ([0-9]+)", Path(f"/proc/{pid}/io").read_bytes())[0]  # type: ignore[no-any-return]
+
+    before = written()
+    time.sleep(0.2)
+    return written() == before
 
 
 def count_threads(pid: int) -> int:
@@ -125,7 +136,7 @@ class Raw:
         self.sock.sendall(data)
 
     def get(self, path: str, method: str = "GET", headers: Sequence[str] = (), version: str = "1.1") -> None:
-        lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *headers, "", ""]
+        lines = [f"{method} {path} HTTP/{version}", "Host: localhost", "TE: trailers", *headers, "", ""]
         self.send("\r\n".join(lines).encode())
 
     def more(self) -> bool:
@@ -264,6 +275,21 @@ class ServerCase(unittest.TestCase):
             if body:
                 client.send(body)
             return client.read_answer(method)
+
+    def metric(self, server: Union[streamlog.Server, Raw], sample: str) -> float:
+        """A sample of /-/metrics; 0 if there is none. (`streamlog_clients` counts the client that asks too.)"""
+        with self.connect(server) if isinstance(server, streamlog.Server) else server as client:
+            client.get("/-/metrics")
+            lines = client.read_answer().body.decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == sample)
+
+    def active(self, server: streamlog.Server, name: str) -> float:
+        """How many runs of a command go on."""
+        return self.metric(server, f'streamlog_runs_active{{command="{name}"}}')
+
+    def has_no_clients(self, server: streamlog.Server) -> bool:
+        """Whether the server has no client but the one that asks."""
+        return self.metric(server, "streamlog_clients") == 1
 
     def python(self, script: str) -> str:
         """A command line that runs a Python script, unbuffered."""

@@ -30,11 +30,11 @@ class Headers(unittest.TestCase):
     refusal = 403
 
     def check(
-        self, is_local: bool, first: str = "GET /x HTTP/1.1", *lines: str, host: str = "localhost:8000", **settings: Any
+        self, reach: Reach, first: str = "GET /x HTTP/1.1", *lines: str, host: str = "localhost:8000", **settings: Any
     ) -> bool:
         data = "\r\n".join([first, f"Host: {host}", *lines, "", ""]).encode()
         try:
-            Access(Settings(**settings), Reach.LOOPBACK if is_local else Reach.NETWORK).check(parse(data))
+            Access(Settings(**settings), reach).check(parse(data))
         except Error as error:
             self.assertEqual(error.status, self.refusal)
             return False
@@ -58,11 +58,11 @@ class Headers(unittest.TestCase):
             (socket.gethostname(), False, True),
         ):
             with self.subTest(host=host):
-                self.assertEqual(self.check(True, host=host), locally)
-                self.assertEqual(self.check(False, host=host), openly)
+                self.assertEqual(self.check(Reach.LOOPBACK, host=host), locally)
+                self.assertEqual(self.check(Reach.NETWORK, host=host), openly)
 
     def test_the_absolute_form_cannot_smuggle_a_host_in(self) -> None:
-        self.assertFalse(self.check(True, "GET http://evil.test/x HTTP/1.1"))
+        self.assertFalse(self.check(Reach.LOOPBACK, "GET http://evil.test/x HTTP/1.1"))
 
     def test_other_sites_pages_are_refused_for_every_method(self) -> None:
         for lines, allowed in (
@@ -83,30 +83,38 @@ class Headers(unittest.TestCase):
         ):
             for method in ("GET", "POST", "HEAD", "OPTIONS"):
                 with self.subTest(lines=lines, method=method):
-                    self.assertEqual(self.check(True, f"{method} /x HTTP/1.1", *lines), allowed)
+                    self.assertEqual(self.check(Reach.LOOPBACK, f"{method} /x HTTP/1.1", *lines), allowed)
 
     def test_the_index_may_be_opened_by_a_link_from_another_site(self) -> None:
-        self.assertTrue(self.check(True, "GET / HTTP/1.1", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate"))
-        self.assertFalse(self.check(True, "GET / HTTP/1.1", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors"))
+        self.assertTrue(
+            self.check(Reach.LOOPBACK, "GET / HTTP/1.1", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate")
+        )
+        self.assertFalse(
+            self.check(Reach.LOOPBACK, "GET / HTTP/1.1", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors")
+        )
 
-    def test_a_host_that_is_allowed_is_taken_and_with_a_token_any_where_others_reach_the_server(self) -> None:
-        for host, settings, locally, openly in (
-            ("box.example", {"allow_hosts": ["BOX.example."]}, True, True),
-            ("box.example:99", {"allow_hosts": ["box.example"]}, True, True),
-            ("sub.box.example", {"allow_hosts": ["box.example"]}, False, False),
-            ("evil.test", {"token": "t"}, False, True),
+    def test_a_token_lets_any_host_in_where_others_reach_the_server_unless_hosts_are_listed(self) -> None:
+        for host, settings, locally, openly, by_socket in (
+            ("box.example", {"allow_hosts": ["BOX.example."]}, True, True, True),
+            ("box.example:99", {"allow_hosts": ["box.example"]}, True, True, True),
+            ("sub.box.example", {"allow_hosts": ["box.example"]}, False, False, False),
+            ("evil.test", {}, False, False, True),
+            ("evil.test", {"token": "t"}, False, True, True),
+            ("evil.test", {"token": "t", "allow_hosts": ["box.example"]}, False, False, False),
+            ("box.example", {"token": "t", "allow_hosts": ["box.example"]}, True, True, True),
+            ("localhost", {"token": "t", "allow_hosts": ["box.example"]}, True, True, True),
         ):
-            with self.subTest(host=host):
-                authorization = "Authorization: Bearer t"
-                self.assertEqual(self.check(True, "GET / HTTP/1.1", authorization, host=host, **settings), locally)
-                self.assertEqual(self.check(False, "GET / HTTP/1.1", authorization, host=host, **settings), openly)
+            expected = {Reach.LOOPBACK: locally, Reach.NETWORK: openly, Reach.UNIX: by_socket}
+            for reach, is_taken in expected.items():
+                with self.subTest(host=host, settings=settings, reach=reach):
+                    bearer = "Authorization: Bearer t"
+                    self.assertEqual(self.check(reach, "GET / HTTP/1.1", bearer, host=host, **settings), is_taken)
 
     def test_an_origin_that_is_allowed_may_use_the_server_and_no_other(self) -> None:
         for lines, allowed in (
             (["Origin: https://dash.example"], True),
             (["Origin: https://DASH.example", "Sec-Fetch-Site: cross-site"], True),
-            (["Sec-Fetch-Site: cross-site", "Referer: https://dash.example/page"], True),
-            (["Sec-Fetch-Site: cross-site", "Referer: https://dash.example.evil.test/"], False),
+            (["Sec-Fetch-Site: cross-site", "Referer: https://dash.example/page"], False),  # a page may make that up
             (["Origin: https://evil.test", "Referer: https://dash.example/"], False),
             (["Origin: http://dash.example"], False),
             (["Origin: https://dash.example:444"], False),
@@ -115,7 +123,7 @@ class Headers(unittest.TestCase):
         ):
             with self.subTest(lines=lines):
                 origins: Any = {"allow_origins": ["https://dash.example"]}
-                self.assertEqual(self.check(True, "POST /x HTTP/1.1", *lines, **origins), allowed)
+                self.assertEqual(self.check(Reach.LOOPBACK, "POST /x HTTP/1.1", *lines, **origins), allowed)
 
     def test_nothing_is_run_ahead_of_being_asked_for(self) -> None:
         self.refusal = 503
@@ -127,16 +135,14 @@ class Headers(unittest.TestCase):
             "X-Moz: prefetch",
         ):
             with self.subTest(line=line):
-                self.assertFalse(self.check(True, "GET /x HTTP/1.1", line, "Sec-Fetch-Site: none"))
+                self.assertFalse(self.check(Reach.LOOPBACK, "GET /x HTTP/1.1", line, "Sec-Fetch-Site: none"))
 
 
 class Tokens(ServerCase):
     def setUp(self) -> None:
         super().setUp()
         self.mark = self.folder / "mark"
-        self.server = self.serve(
-            {"x": f"!echo ran >> {self.mark}; echo $STREAMLOG_TOKEN"}, token=TOKEN, refusal_seconds=0
-        )
+        self.server = self.serve({"x": f"!echo ran >> {self.mark}; echo $STREAMLOG_TOKEN"}, token=TOKEN)
 
     def status(self, *headers: str, path: str = "/x", method: str = "GET") -> int:
         with self.connect(self.server) as client:

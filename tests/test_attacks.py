@@ -67,7 +67,7 @@ class Bounds(ServerCase):
         return first + headers + (b"P: " + b"p" * padding + b"\r\n" if padding > 0 else b"") + b"\r\n"
 
     def test_the_request_line_the_head_and_its_headers(self) -> None:
-        server = self.serve({"x": "!true {v:text=}"})
+        server = self.serve({"x": "!v={v:text=}; true"})
         for data, status in (
             (self.head(url=16 * 1024), 200),
             (self.head(url=16 * 1024 + 1), 414),
@@ -79,7 +79,7 @@ class Bounds(ServerCase):
             self.assertEqual(self.status(server, data), status, (len(data), data[:30]))
 
     def test_a_form(self) -> None:
-        server = self.serve({"x": Command("!true {v:text=}", method="POST")})
+        server = self.serve({"x": Command("!v={v:text=}; true", method="POST")})
         for size, status in ((64 * 1024, 200), (64 * 1024 + 1, 413), (10**12, 413)):
             with self.connect(server) as client:
                 client.get("/x", "POST", [FORM, f"Content-Length: {size}"])
@@ -165,7 +165,7 @@ class Bounds(ServerCase):
         started, total = time.monotonic(), 0
         for chunk in iter(slow.read_chunk, None):
             total += len(chunk)
-            time.sleep(0.08)  # it is slow
+            time.sleep(len(chunk) / 3_000_000)  # it is slow
         self.assertEqual(total, 3_000_000)
         self.assertGreater(time.monotonic() - started, 0.8)
         metrics = self.fetch(server, "/-/metrics").body
@@ -180,21 +180,6 @@ class Bounds(ServerCase):
             client.get("/x")
             wait_until(lambda: logged.output, "it is logged", 5)
         self.assertIn('end="client stalled"', logged.output[0])
-
-    def test_a_wrong_token_is_answered_late_and_stands_in_nobody_s_way(self) -> None:
-        server = self.serve({"x": "echo x"}, token="right", refusal_seconds=0.5)
-        with self.connect(server) as guess, self.connect(server) as none, self.connect(server) as right:
-            started = time.monotonic()
-            guess.get("/x", headers=["Authorization: Bearer wrong"])
-            right.get("/x", headers=["Authorization: Bearer right"])
-            none.get("/x")
-            self.assertEqual((none.read_answer().status, right.read_answer().status), (401, 200))
-            self.assertLess(time.monotonic() - started, 0.4)
-            self.assertEqual(guess.read_answer().status, 401)
-            self.assertGreater(time.monotonic() - started, 0.45)
-            guess.get("/x", headers=["Authorization: Bearer wrong"])
-            server.close()  # does not wait for it
-
 
 class Attacks(ServerCase):
     """The server is a process of its own, and is watched while it is under attack."""

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import typing
-import unittest
 from collections.abc import Iterator
 from typing import Any, Literal
 from unittest import mock
@@ -39,6 +38,25 @@ def paint(name: str, times: int = 2, colour: Colour = Colour.RED, how: Literal["
     """
     for _ in range(times):
         yield f"{name} {colour} {how}\n"
+
+
+# What programs that fork begin with.
+FORKING = """
+import logging, os, signal, socket, streamlog, threading, time, urllib.request
+def ask(server, path): return urllib.request.urlopen(server.url + path, timeout=10).read()
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if condition(): return True
+        time.sleep(0.005)
+    return False
+def fork_off():
+    pid = os.fork()
+    if not pid: time.sleep(60); os._exit(0)
+    return pid
+def is_alive(pid): return os.waitpid(pid, os.WNOHANG)[0] == 0
+def end(pid): os.kill(pid, 9); os.waitpid(pid, 0)
+"""
 
 
 class EmbeddingCase(ServerCase):
@@ -71,21 +89,23 @@ class Starting(EmbeddingCase):
             ({"x": "true {a:"}, {}, "command 'x': placeholder"),
             ({"x": ["true", "{a:foo}"]}, {}, "command 'x': parameter 'a' has an unknown type"),
             ({"x": []}, {}, "the command line is empty"),
-            ({"x": "true"}, {"bind": "0.0.0.0"}, "others reach"),
+            ({"x": "true"}, {"bind": "0.0.0.0"}, "other machines can reach 0.0.0.0"),
         ):
             with self.subTest(told=told), self.assertRaisesRegex(ConfigError, told):
                 streamlog.start(typing.cast(Any, commands), **typing.cast(Any, {"port": 0, **settings}))
         with self.assertRaises(OSError):
             streamlog.start({}, bind="192.0.2.1", token="t", port=0)
 
-    def test_the_settings_that_checkers_are_told_are_those_there_are(self) -> None:
-        source = (ROOT / "streamlog.py").read_text()
-        told = source.partition("class _SettingsGiven")[2].partition("\n\n\n")[0].splitlines()[3:]
-        there = [f"{field.name}: {field.type}" for field in dataclasses.fields(Settings)]
-        self.assertEqual([line.strip() for line in told[: len(there)]], there)
+    def test_the_keywords_that_checkers_are_told_are_settings_with_their_types_and_defaults(self) -> None:
+        fields = {field.name: field for field in dataclasses.fields(Settings)}
+        keywords = dict(inspect.signature(streamlog.start).parameters)
+        self.assertEqual(keywords.pop("settings").kind, inspect.Parameter.VAR_KEYWORD)
+        del keywords["commands"]
+        told = [(name, one.annotation, one.default) for name, one in keywords.items()]
+        self.assertEqual(told, [(name, fields[name].type, fields[name].default) for name in keywords])
 
     def test_what_is_heavy_is_imported_only_where_it_is_used(self) -> None:
-        heavy = ["ssl", "configparser", "argparse", "sqlite3", "http.client", "asyncio", "multiprocessing", "hashlib"]
+        heavy = ["configparser", "argparse", "sqlite3", "asyncio", "multiprocessing"]
         script = (
             f"import sys, streamlog\nheavy = {heavy}\n"
             "with streamlog.start({'x': 'true'}, port=0): print([name for name in heavy if name in sys.modules])\n"
@@ -128,52 +148,143 @@ class Starting(EmbeddingCase):
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, input="", stdout=-1, text=True, timeout=20)
         self.assertEqual(sorted(done.stdout.split()), ["4", "free"])
 
-    def assert_fork_ends(self, script: str) -> None:
-        script = f"import os, streamlog, threading, time\n{script}if pid: print(os.waitpid(pid, 0)[1])\n"
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-3, text=True, timeout=20)
-        self.assertEqual(done.stdout, "0\n")
-
-    def test_a_worker_that_was_forked_while_another_thread_had_a_lock_ends(self) -> None:
-        self.assert_fork_ends(
-            "server = streamlog.start({'x': 'echo x'}, port=0)\n"
-            "held, forked = threading.Event(), threading.Event()\n"
-            "def hold():\n"
-            "    with server._lock: held.set(); forked.wait()\n"
-            "threading.Thread(target=hold).start(); held.wait()\n"
-            "pid = os.fork(); forked.set()\n"
+    def run_script(self, script: str) -> str:
+        """Run a program to its end; what it prints."""
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        done = subprocess.run(
+            [sys.executable, "-c", FORKING + script], cwd=ROOT, text=True, timeout=40, check=False, **pipes
         )
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        return done.stdout
 
     def test_a_fork_that_leaves_the_block_of_a_server_ends(self) -> None:
-        self.assert_fork_ends(
+        said = self.run_script(
             "with streamlog.Server({}, streamlog.Settings(port=0)) as server:\n"
             "    threading.Thread(target=server.serve_forever).start()\n"
-            "    while not server._waiting: time.sleep(0.01)\n"
+            "    ask(server, '/-/healthy')\n"
             "    pid = os.fork()\n"
+            "if pid: print(os.waitpid(pid, 0)[1])\n"
         )
+        self.assertEqual(said, "0\n")
 
-    @unittest.skipUnless(sys.platform == "linux", "by /proc")
-    def test_of_processes_that_serve_by_one_listener_one_may_die_at_any_moment(self) -> None:
+    def test_processes_that_are_forked_while_all_threads_are_busy_log_and_end(self) -> None:
+        said = self.run_script(
+            "logging.getLogger().addHandler(logging.NullHandler())\n"
+            "server = streamlog.start({'x': 'echo x', 'k': streamlog.Command('echo k', shared=True),\n"
+            "    't': lambda: logging.warning('task')}, port=0, log=1000)\n"
+            "over = threading.Event()\n"
+            "def work(path):\n"
+            "    while not over.is_set(): ask(server, path); logging.warning(path)\n"
+            "threads = [threading.Thread(target=work, args=(path,)) for path in ('/x', '/k', '/t', '/x?wait')]\n"
+            "for thread in threads: thread.start()\n"
+            "for _ in range(40):\n"
+            "    pid = os.fork()\n"
+            "    if not pid: logging.warning('child'); server.close(); break\n"
+            "    ended = wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0])\n"
+            "    if not ended: os.kill(pid, 9); os.waitpid(pid, 0); print('hangs')\n"
+            "if pid:\n"
+            "    over.set()\n"
+            "    for thread in threads: thread.join()\n"
+            "    print('over')\n"
+        )
+        self.assertEqual(said, "over\n")
+
+    def test_a_fork_keeps_no_pipe_of_a_command_that_takes_an_upload_open(self) -> None:
+        said = self.run_script(
+            "server = streamlog.start({'x': streamlog.Command('!cat; echo end', stdin=True)}, port=0)\n"
+            "client = socket.create_connection(('127.0.0.1', server.port), 10)\n"
+            "head = 'POST /x HTTP/1.1', 'Host: localhost', 'Transfer-Encoding: chunked', 'Connection: close', '', ''\n"
+            "client.sendall('\\r\\n'.join(head).encode() + b'2\\r\\na\\n\\r\\n')\n"
+            "while b'a\\n' not in client.recv(9999): pass\n"
+            "pid = fork_off()\n"
+            "client.sendall(b'0\\r\\n\\r\\n')\n"
+            "body = b''.join(iter(lambda: client.recv(9999), b''))\n"
+            "print(body.endswith(b'end\\n\\r\\n0\\r\\n\\r\\n'), is_alive(pid)); end(pid)\n"
+        )
+        self.assertEqual(said, "True True\n")
+
+    def test_a_fork_keeps_no_pipe_of_a_stream_open(self) -> None:
+        said = self.run_script(
+            "run = streamlog.stream('cat')\n"
+            "run.write(b'a'); print(next(run))\n"
+            "pid = fork_off()\n"
+            "run.close_stdin(); print(list(run), run.exit_code, is_alive(pid)); end(pid)\n"
+        )
+        self.assertEqual(said, "b'a'\n[] 0 True\n")
+
+    def test_a_fork_does_not_keep_the_kept_runs_of_a_program_that_is_killed(self) -> None:
+        note = self.folder / "pids"
         script = (
-            "import os, signal, socket, streamlog, time\n"
-            "server = streamlog.Server({}, streamlog.Settings(port=0))\n"
+            f"server = streamlog.start({{'x': '!echo $$ > {note}.run; exec sleep 300'}}, port=0, grace_seconds=0.2)\n"
+            "ask(server, '/x?async=1')\n"
+            f"wait_until(lambda: os.path.exists('{note}.run')); time.sleep(0.2)\n"
+            f"open('{note}', 'w').write(str(fork_off())); os.kill(os.getpid(), 9)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", FORKING + script], cwd=ROOT, timeout=20, check=False)
+        self.assertEqual(done.returncode, -9)
+        run, fork = int((self.folder / "pids.run").read_text()), int(note.read_text())
+        self.addCleanup(os.kill, fork, 9)
+        wait_until(lambda: not is_alive(run), "the run has ended", 5)
+        self.assertTrue(is_alive(fork))
+
+    def test_a_fork_that_ends_while_another_thread_reads_a_stream_ends(self) -> None:
+        said = self.run_script(
+            "run = streamlog.stream('sleep 300')\n"
+            "reader = threading.Thread(target=list, args=(run,)); reader.start(); time.sleep(0.2)\n"
+            "pid = os.fork()\n"
+            "if not pid: del run\n"
+            "else:\n"
+            "    print(wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0]), run.exit_code)\n"
+            "    run.close(); reader.join(); print(run.exit_code)\n"
+        )
+        self.assertEqual(said, "True None\n143\n")
+
+    def test_a_task_s_fork_logs_for_itself(self) -> None:
+        said = self.run_script(
+            "logging.getLogger().addHandler(logging.NullHandler())\n"
+            "def task():\n"
+            "    pid = os.fork()\n"
+            "    if not pid: logging.warning('child'); os._exit(streamlog.stopping())\n"
+            "    logging.warning('parent'); return str(os.waitpid(pid, 0)[1])\n"
+            "with streamlog.start({'x': task}, port=0) as server: print(ask(server, '/x'))\n"
+        )
+        self.assertEqual(said, "b'WARNING root: parent\\n0'\n")
+
+    def test_of_processes_that_serve_by_one_listener_one_may_die_at_any_moment(self) -> None:
+        said = self.run_script(
+            "streamlog.wsgi({}).close()  # from now on forks are watched\n"
+            "server = streamlog.Server({'x': streamlog.Command('echo x')}, streamlog.Settings(port=0))\n"
             "def work(dies):\n"
             "    pid = os.fork()\n"
             "    if not pid:\n"
-            "        if dies: socket.socket.accept = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "        server.serve_forever()\n"
-            "    while len(os.listdir(f'/proc/{pid}/task')) < 2: time.sleep(0.01)\n"
-            "    time.sleep(0.1)  # until its thread waits: who came last is let through first\n"
+            "        if dies: socket.socket.accept = lambda _: os.kill(os.getpid(), 9)\n"
+            "        server.serve_forever(); os._exit(0)\n"
             "    return pid\n"
-            "def ask():\n"
-            "    with socket.create_connection(('127.0.0.1', server.port), 5) as client:\n"
-            "        client.sendall(b'GET /-/healthy HTTP/1.0\\r\\nHost: localhost\\r\\n\\r\\n')\n"
-            "        return client.recv(12) == b'HTTP/1.1 200'\n"
             "pids = [work(False), work(True)]\n"
-            "try: print(all([ask() for _ in range(5)]))\n"
-            "finally: os.kill(pids[0], signal.SIGKILL); print(*[os.waitpid(pid, 0)[1] for pid in pids])\n"
+            "print(all([ask(server, '/x') == b'x\\n' for _ in range(200)]))\n"
+            "end(pids[0])\n"
+            "print(os.waitpid(pids[1], 0)[1])\n"
         )
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-1, text=True, timeout=60)
-        self.assertEqual(done.stdout, "True\n9 9\n", done.stderr)
+        self.assertEqual(said, "True\n9\n")
+
+    def test_of_processes_that_serve_by_one_listener_each_shuts_down_for_itself(self) -> None:
+        said = self.run_script(
+            "streamlog.wsgi({}).close()  # from now on forks are watched\n"
+            "server = streamlog.Server({'x': streamlog.Command('echo x')}, streamlog.Settings(port=0))\n"
+            "def work():\n"
+            "    pid = os.fork()\n"
+            "    if not pid:\n"
+            "        signal.signal(signal.SIGTERM, lambda *_: server.shutdown())\n"
+            "        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
+            "        server.serve_forever(); server.close(); os._exit(5)\n"
+            "    return pid\n"
+            "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until it is handled\n"
+            "pids = [work(), work()]\n"
+            "for pid in pids:\n"
+            "    print(all([ask(server, '/x') == b'x\\n' for _ in range(20)]))\n"
+            "    os.kill(pid, signal.SIGTERM); print(os.waitpid(pid, 0)[1] >> 8)\n"
+        )
+        self.assertEqual(said, "True\n5\nTrue\n5\n")
 
     def test_serve_is_its_blocking_twin(self) -> None:
         script = (
@@ -197,13 +308,14 @@ class Starting(EmbeddingCase):
 class Tasks(EmbeddingCase):
     def test_parameters_come_from_the_signature(self) -> None:
         server = self.start({"paint": paint})
+        many = [("name=a&times=" + "9" * 5000, 400, "a value of 'paint' cannot be read")]
         for query, status, body in (
             ("name=a+b", 200, "a b Colour.RED dry\n" * 2),
             ("name=&times=1&colour=GREEN&how=wet", 200, " Colour.GREEN wet\n"),
             ("name=-x&times=-1", 200, ""),
             ("times=1", 400, "parameter 'name' of 'paint' is required"),
             ("name=a&times=x", 400, "parameter 'times' of 'paint' must be int: 'x'"),
-            *([("name=a&times=" + "9" * 5000, 400, "cannot be taken")] if sys.version_info >= (3, 11) else []),
+            *(many if sys.version_info >= (3, 11) else []),
             ("name=a&colour=blue", 400, "parameter 'colour' of 'paint' must be red|GREEN: 'blue'"),
             ("name=a&other=1", 400, "'paint' has no parameter 'other'"),
             ("name=%00", 400, "must be printable text"),
@@ -299,7 +411,7 @@ class Tasks(EmbeddingCase):
             client.read_head()
             client.read_chunk()
         self.assertTrue(closed.wait(2))
-        wait_until(lambda: not any(server.site._runs.values()), "its slot is free")
+        wait_until(lambda: b'runs_active{command="x"} 0' in self.fetch(server, "/-/metrics").body, "its slot is free")
 
     def test_a_plain_callable_is_told_when_its_client_leaves(self) -> None:
         told = threading.Event()
@@ -493,6 +605,31 @@ class Streams(EmbeddingCase):
             run.write(data)
             run.close_stdin()
             self.assertEqual(b"".join(run), data)
+
+    def test_one_thread_reads_while_another_writes(self) -> None:
+        data, got = os.urandom(3_000_000), list[bytes]()
+        with streamlog.stream("cat") as run:
+            reader = threading.Thread(target=lambda: got.extend(run))
+            reader.start()
+            for at in range(0, len(data), 100_000):
+                run.write(data[at : at + 100_000])
+            run.close_stdin()
+            reader.join(10)
+            self.assertFalse(reader.is_alive())
+            self.assertEqual((b"".join(got), run.exit_code), (data, 0))
+
+    def test_a_thread_that_waits_for_output_holds_up_no_writer(self) -> None:
+        got: list[bytes] = []
+        with streamlog.stream("cat") as run:
+            reader = threading.Thread(target=lambda: got.extend(run))
+            reader.start()
+            time.sleep(0.1)  # until it waits
+            started = time.monotonic()
+            run.write(b"a")
+            run.close_stdin()
+            self.assertLess(time.monotonic() - started, 1)
+            reader.join(10)
+        self.assertEqual(got, [b"a"])
 
     def test_a_task_can_be_streamed_too(self) -> None:
         with streamlog.stream(paint, name="x", times=2, colour="GREEN") as run:

@@ -114,6 +114,18 @@ class NdjsonFormat(unittest.TestCase):
         format_.feed("stdout", b"end")
         self.assertEqual(json.loads(format_.end(CLEAN).splitlines()[0])["partial"], True)
 
+    def test_an_unfinished_line_does_not_wait_for_its_stream_to_pause(self) -> None:
+        for kind in (Ndjson, Sse):
+            timer = Timer()
+            format_ = kind(clock=noon, timer=timer)
+            for moment in (100.0, 100.1, 100.2):
+                timer.now = moment
+                self.assertEqual((format_.feed("stdout", b"%"), format_.due), (b"", 100.25))
+            timer.now = 100.25
+            self.assertIn(b"%%%", format_.pause())
+            timer.now = 100.5
+            self.assertEqual((format_.feed("stdout", b"50"), format_.due), (b"", 100.75))
+
     def test_bytes_that_are_not_utf_8_survive_as_lone_surrogates(self) -> None:
         data = b"".join(bytes([n]) for n in range(256) if n != 10) + "é€𝄞".encode()
         for size in (1, 2, 3, 1000):
@@ -133,7 +145,7 @@ class SseFormat(unittest.TestCase):
     def events(self, *fed: tuple[str, bytes], outcome: Outcome = CLEAN) -> list[tuple[str, str, Optional[str]]]:
         """What a browser would make of it (WHATWG HTML section 9.2.6): event, data and last id."""
         format_ = Sse(clock=noon)
-        stream = b"".join([format_.start(), *(format_.feed(*piece) for piece in fed), format_.end(outcome)]).decode()
+        stream = b"".join([format_.beginning, *(format_.feed(*piece) for piece in fed), format_.end(outcome)]).decode()
         found: list[tuple[str, str, Optional[str]]] = []
         event, last_id = "message", None
         data: list[str] = []
@@ -178,7 +190,7 @@ class SseFormat(unittest.TestCase):
         )
 
     def test_a_reconnect_has_an_id_even_before_the_first_line(self) -> None:
-        self.assertEqual(Sse().start(), b"id: 0\n\n")
+        self.assertEqual(Sse().beginning, b"id: 0\n\n")
 
     def test_silence_is_filled_with_comments(self) -> None:
         timer = Timer()
@@ -247,7 +259,7 @@ class Page(html.parser.HTMLParser):
 class HtmlFormat(unittest.TestCase):
     def write(self, *fed: tuple[str, bytes], outcome: Outcome = CLEAN, options: Optional[Options] = None) -> bytes:
         format_ = Html(options or Options(title="x: echo <b>", notes="always"), noon)
-        return b"".join([format_.start(), *(format_.feed(*piece) for piece in fed), format_.end(outcome)])
+        return b"".join([format_.beginning, *(format_.feed(*piece) for piece in fed), format_.end(outcome)])
 
     def page(self, *fed: tuple[str, bytes], options: Optional[Options] = None) -> Page:
         return Page(self.write(*fed, options=options))
@@ -274,25 +286,23 @@ class HtmlFormat(unittest.TestCase):
         for sequence, style in (
             ("31", "color:var(--c1)"),
             ("97", "color:var(--c15)"),
-            ("44", "color:#ffffff;background:#0037a6"),
-            ("103", "color:#000000;background:#ffe14d"),
+            ("44", "color:var(--page);background:var(--c4)"),
+            ("103", "color:var(--page);background:var(--c11)"),
             ("38;5;9", "color:var(--c9)"),
             ("38;5;208", "color:#ff8700"),
-            ("48;5;255", "color:#000000;background:#eeeeee"),
+            ("48;5;255", "color:var(--page);background:#eeeeee"),
             ("38;2;1;2;300", "color:#0102ff"),
-            ("38:2::1:2:3", "color:#010203"),
             ("1", "font-weight:bold"),
             ("2", "opacity:.7"),
             ("3", "font-style:italic"),
             ("4", "text-decoration:underline"),
             ("7", "color:var(--page);background:var(--text)"),
-            ("31;42;7", "color:#006b00;background:#a40000"),
+            ("31;42;7", "color:var(--page);background:var(--c1)"),
             ("31;7", "color:var(--page);background:var(--c1)"),
             ("4;9", "text-decoration:underline line-through"),
             ("4;9;24", "text-decoration:line-through"),
-            ("4:3", "text-decoration:underline"),
-            ("31;4:0", "color:var(--c1)"),
-            ("38:2:0:1:2:3", "color:#010203"),
+            ("31;44", "color:var(--page);background:var(--c4)"),
+            ("38;2;1;2;3;44", "color:#010203;background:var(--c4)"),
             ("58;5;1;3", "font-style:italic"),
             ("58;2;1;2;3;1", "font-weight:bold"),
             ("1;31", "color:var(--c1);font-weight:bold"),
@@ -315,7 +325,11 @@ class HtmlFormat(unittest.TestCase):
             "38;5;256",
             "38;7;1;1",
             "4:0",
+            "4:3",
             "38:",
+            "38:2::1:2:3",
+            "38:2:0:1:2:3",
+            "31;4:0",
         ):
             self.assertEqual(self.page(("stdout", f"\x1b[{sequence}mb\n".encode())).styles, [], sequence)
 
@@ -417,7 +431,7 @@ class HtmlFormat(unittest.TestCase):
         self.assertTrue(all(re.fullmatch(f"{STAMP} [abc]", line) for line in page.lines), page.lines)
         timer = Timer()
         format_ = Html(Options(heartbeat_seconds=5), noon, timer)
-        data = format_.start() + format_.feed("stdout", b"a\r")
+        data = format_.beginning + format_.feed("stdout", b"a\r")
         timer.now = format_.due
         data += format_.pause() + format_.feed("stdout", b"b") + format_.end(FAILED)
         page = Page(data)

@@ -77,10 +77,10 @@ class Activation(ServerCase):
         deaf = self.enterContext_(contextlib.closing(socket.socket()))
         everywhere = self.enterContext_(contextlib.closing(socket.create_server(("0.0.0.0", 0))))
         cases = [
-            (self.listener(), "2", "one socket is taken from systemd, and 2 are given"),
+            (self.listener(), "2", "only one socket from systemd can be used, and there are 2"),
             (datagram, "1", "the socket from systemd must listen"),
             (deaf, "1", "the socket from systemd must listen"),
-            (everywhere, "1", "others reach 0.0.0.0"),
+            (everywhere, "1", "other machines can reach 0.0.0.0"),
         ]
         if sys.platform == "linux":
             cases.append(
@@ -187,10 +187,11 @@ class Hangups(ServerCase):
         program = self.start("-c", str(self.config))
         assert program.process.stderr
         for text, told in (
-            ("[x]\nnothing = 1\n", "unknown option 'nothing'"),
+            ("[x]\ncommand = echo\nnothing = 1\n", "unknown option 'nothing'"),
+            ("[x]\nabout = nothing\n", "'command = ...' is missing"),
             ("", "there is no command in it"),
             ("[x]\ncommand = echo {x:a{99999999999999999999}}\n", "has a bad regular expression"),
-            ("[x]\ncommand = echo {x:" + "(" * 3000 + ")" * 3000 + "}\n", "has a bad regular expression"),
+            ("[x]\ncommand = echo {x:" + "(" * 3000 + ")" * 3000 + "}\n", "has no closing brace"),
             ("[x]\ncommand = echo\n[x]\ncommand = echo\n", "already exists"),
             (None, "it is no file"),
         ):

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,10 +63,16 @@ class Promises(ServerCase):
         server = self.serve(
             {"ok": "echo x", "fail": "!echo x; exit 3", "cut": Command("!echo x; sleep 300", timeout=0.2)}
         )
-        for path, code, trailer in (("ok", 0, "Exit-Code: 0"), ("fail", 0, "Exit-Code: 3"), ("cut", 18, "")):
-            done = subprocess.run(["curl", "-siN", f"{server.url}/{path}"], stdout=subprocess.PIPE, text=True)
-            self.assertEqual(done.returncode, code)
-            self.assertIn(trailer, done.stdout)
+        for path, code, exit_code in (("ok", 0, "0"), ("fail", 0, "3"), ("cut", 18, "")):
+            for asks in (True, False):
+                with self.subTest(path=path, asks=asks):
+                    options = ["-siN", *(["-H", "TE: trailers"] if asks else [])]
+                    done = subprocess.run(["curl", *options, f"{server.url}/{path}"], stdout=subprocess.PIPE, text=True)
+                    self.assertEqual(done.returncode, code)
+                    trailers = [f"Exit-Code: {exit_code}"] if asks and exit_code else []
+                    self.assertEqual(re.findall("(?m)^Exit-Code: .*$", done.stdout), trailers)
+        for path, exit_code in (("ok", "0"), ("fail", "3")):
+            self.assertEqual(self.fetch(server, f"/{path}?wait").headers["exit-code"], exit_code)
         self.assertNotEqual(subprocess.run(["curl", "-s", "--http1.0", f"{server.url}/cut"], stdout=-1).returncode, 0)
         connection = http.client.HTTPConnection("127.0.0.1", server.port)
         connection.request("GET", "/cut")
@@ -118,7 +125,7 @@ class Promises(ServerCase):
     def test_6_allow_listed_no_value_is_read_as_shell_text_or_an_option(self) -> None:
         mark = self.folder / "mark"
         server = self.serve(
-            {"argv": "printf %s {v:text}", "shell": "!printf %s {v:text}; printf %s '{v}' \"{v}\" >/dev/null"}
+            {"argv": "printf %s {v:text}", "shell": "!v={v:text}; printf %s \"$v\"; printf %s '{n=1}' >/dev/null"}
         )
         for value in (
             f"; touch {mark}",
