@@ -116,7 +116,6 @@ import traceback
 import typing
 import urllib.parse
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -488,7 +487,7 @@ class Server(http.server.ThreadingHTTPServer):
     def kill(self) -> None:
         """Begin to close without a grace time: every process group is killed."""
         self.shutdown()
-        self.site.runs.stop_all(grace=0)
+        self.site.runs.kill()
 
     def close(self) -> None:
         """Shut down and wait, for the grace time and a second at most. May be called twice.
@@ -502,7 +501,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self._thread:
             self._thread.join()
         self.server_close()
-        count = self.site.runs.active_count
+        count = len(self.site.runs.active)
         if count:
             _log.info("closing: %d runs are asked to end, and killed after %g s", count, self.settings.grace_seconds)
         if not self._wait_until_idle(self.settings.grace_seconds + 0.5):
@@ -1379,8 +1378,8 @@ class Site:
         self._can_keep = closing is not None
         self.access = Access(settings, reach)
         self.runs = _Runs(settings, closing)
-        self.count_clients: Callable[[], int] = lambda: (
-            self.runs.active_count
+        self.count_clients: Callable[[], int] = lambda: len(
+            self.runs.active
         )  # the server, which knows its clients, replaces it
         self._pages: dict[str, _Answer] = {
             "/": self._index,
@@ -1472,7 +1471,7 @@ class Site:
         is_own = name not in self._commands
         if options.format == "sse" and "last-event-id" in request.headers:
             # An EventSource reconnects when its run has ended, and must not start another.
-            if not (is_own or self.runs.is_shared(entry)):
+            if not (is_own or self.runs.find_shared(entry)):
                 return Reply(204, headers)
         if request.method == "HEAD":
             return Reply(200, headers)
@@ -1558,7 +1557,7 @@ class Site:
             headers["Content-Range"] = f"bytes {start}-{last}/{end if outcome else '*'}"
         if can_range:
             headers["Accept-Ranges"] = "bytes"
-        run = entry.view(start, self._settings, math.inf if follows else end)
+        run = entry.view(start, math.inf if follows else end)
         is_exact = wanted or length is not None
         format_ = None if is_exact else _FORMATS[options.format][0](options._replace(offset=start))
         return Reply(206 if wanted else 200, headers, run=run, format=format_, length=length, waits=waits)
@@ -2175,19 +2174,16 @@ def _disk() -> str:
 _ABANDON_SECONDS = 2.0  # for a process to be gone after SIGKILL: it can be stuck in the kernel
 _LOOK_SECONDS = 0.05  # between looks at what no event reports
 _REMIND_SECONDS = 0.25
-_HANG_UP_SECONDS = 0.3  # for programs that clean up on SIGTERM, before the terminal hangs up
 # A read starts small, so that an idle stream costs nothing, and grows to the largest pipe once one has been full.
 _BLOCK_MIN_BYTES = 16 * 1024
 _BLOCK_MAX_BYTES = 512 * 1024
-_SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", 1031 if sys.platform == "linux" else None)
-_WATCHDOG = "read -r _; kill -TERM -$0; sleep $1; kill -KILL -$0"  # dash knows no -- here
-_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
+_SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ, which Python has since 3.10; systems other than Linux refuse it
+_WATCHDOG = "read -r _; kill -s TERM -- -$0; sleep $1; kill -s KILL -- -$0"  # dash takes -- only behind -s
 # Why the server ends a run, besides its timeout and its output limit.
 _CLIENT_GONE = "client gone"
 _CLIENT_STALLED = "client stalled"
 _SHUTTING_DOWN = "the server is shutting down"
 _OVERTAKEN = "what was asked for is no longer kept"
-_UNWATCHED = "it has no viewer any more"
 _ON_REQUEST = "on request"
 
 _Release = Callable[[], object]
@@ -2198,13 +2194,12 @@ def _maker(launch: Launch | Call) -> _Maker:
     return partial(Process, launch) if isinstance(launch, Launch) else partial(Task, launch)
 
 
-def _busy(what: str) -> Error:
-    return Error(f"{what}: try again when one has ended", 503, {"Retry-After": "1"})
+def _busy(what: str, advice: str = "try again when one has ended") -> Error:
+    return Error(f"{what}: {advice}", 503, {"Retry-After": "1"})
 
 
 def _shortage(error: Exception) -> Error:
-    why = error.strerror if isinstance(error, OSError) else error
-    return Error(f"the machine is short of resources ({why}): try again later", 503, {"Retry-After": "1"})
+    return _busy(f"the machine is short of resources ({getattr(error, 'strerror', None) or error})", "try again later")
 
 
 class Outcome(NamedTuple):
@@ -2238,20 +2233,19 @@ class _Entry:
 
     run: Run
     transcript: Transcript
+    thread: Thread | None = None
 
     def __init__(self, name: str, command: Command, given: _Texts) -> None:
         self.id = secrets.token_urlsafe(16)
         self.name = name
         self.command = command
         self.values = {**command.defaults, **given}
-        self.key = name, frozenset(self.values.items())  # runs that may be shared have it in common
-        self.started_at, self._started = time.time(), monotonic()
+        self.key: object = None  # what a request must have in common with the run to share it
+        self.started_at = time.time()
         self.ended = 0.0  # monotonic() of the end of a kept run
-        self.linger_seconds = math.inf  # that it goes on for without a viewer
-        self.thread: Thread | None = None
-        self._lock = Lock()  # guards what follows
+        self.linger_seconds = math.inf  # how long the run goes on after its last viewer has left
         self.viewers = 0
-        self._left = self._started  # when the last viewer left
+        self._lock = Lock()  # guards the viewers
 
     def __str__(self) -> str:
         return " ".join([self.name, *(f"{name}={value}" for name, value in self.values.items())])
@@ -2265,18 +2259,18 @@ class _Entry:
     def state(self) -> dict[str, object]:
         """The state, for JSON. Times are RFC 3339, sizes are bytes."""
         transcript, outcome = self.transcript, self.transcript.outcome
-        seconds = outcome.seconds if outcome else monotonic() - self._started
+        seconds = outcome.seconds if outcome else monotonic() - self.run.started
         return {
             "id": self.id,
             "command": self.name,
-            "values": dict(self.values),
+            "values": self.values,
             "state": "ended" if outcome else "running",
             "started": _timestamp(self.started_at),
-            "ended": _timestamp(self.started_at + seconds) if outcome else None,
+            "ended": outcome and _timestamp(self.started_at + seconds),
             "seconds": round(seconds, 3),
-            "exit_code": outcome.exit_code if outcome else None,
-            "signal": outcome.signal if outcome else None,
-            "reason": (outcome.reason or "exit") if outcome else None,
+            "exit_code": outcome and outcome.exit_code,
+            "signal": outcome and outcome.signal,
+            "reason": outcome and (outcome.reason or "exit"),
             "bytes": transcript.end,
             "first_byte": transcript.start,
         }
@@ -2286,10 +2280,10 @@ class _Entry:
         """Whether a viewer may still join the run. Standard input is served even when it has ended."""
         return self.command.is_source or not (self.run.reason or self.ended)
 
-    def view(self, offset: int, settings: Settings, stop: float = math.inf) -> _Replay:
+    def view(self, offset: int, stop: float = math.inf) -> _Replay:
         """A run that replays this one from an offset, and follows it to its end or to the offset `stop`."""
         self.enter()
-        return _Replay(self.transcript, offset, settings, self.leave, stop)
+        return _Replay(self.transcript, offset, self.leave, stop)
 
     def enter(self) -> None:
         """Count a viewer. `leave` must follow."""
@@ -2297,19 +2291,25 @@ class _Entry:
             self.viewers += 1
 
     def leave(self) -> None:
-        """Count a viewer that has gone."""
+        """Count a viewer that has left. Without another one, the run is stopped after a while."""
         with self._lock:
             self.viewers -= 1
-            self._left = monotonic()
+        self.run.later(self.linger_seconds, self._check_viewers)
         self.run.bell.ring()
 
-    def check_viewers(self) -> float:
-        """Stop the run if it has been without a viewer for too long. Returns the moment to look again."""
-        with self._lock:  # who enters by it either keeps the run from this, or finds that it is ending
-            deadline = self._left + self.linger_seconds
-            if not self.viewers and monotonic() >= deadline:
-                self.run.stop(_UNWATCHED)
-            return math.inf if self.viewers or self.run.reason else deadline
+    def _check_viewers(self) -> None:
+        with self._lock:  # a viewer that enters either prevents the stop, or finds that the run is ending
+            if not self.viewers:
+                self.run.stop("it has no viewer any more")
+
+
+# The series of /-/metrics: name, type and description.
+_METRICS = """\
+runs_total counter Runs that have ended.
+runs_active gauge Runs that are going on.
+output_bytes_total counter Bytes of output that were sent.
+run_seconds_total counter Time that runs have taken.
+clients gauge Open connections."""
 
 
 class _Runs:
@@ -2317,50 +2317,46 @@ class _Runs:
 
     def __init__(self, settings: Settings, closing: _Bell | None) -> None:
         self.max_runs = settings.max_runs
+        self.active: dict[str, _Entry] = {}  # by id, with a slot each
         self._settings = settings
         self._closing = closing
-        self._sharing = Lock()  # guards the shared runs, of which each is started once
-        self._shared: dict[object, _Entry] = {}
+        self._sharing = Lock()  # held while a shared run is found or started, so that each is started once
         self._lock = RLock()  # guards the rest
-        self._active: dict[str, _Entry] = {}  # by id, with a slot each
         self._kept: dict[str, _Entry] = {}  # by id, the oldest first
-        self._ended: Counter[tuple[str, str]] = Counter()  # runs, by name and kind of end
-        self._bytes: Counter[str] = Counter()
-        self._seconds: dict[str, float] = collections.defaultdict(float)
+        self._counts: dict[str, float] = collections.defaultdict(float)  # by series, with its labels
 
     def check_slot(self, name: str, command: Command) -> None:
         """Refuse a run for which there is no slot now. Raises Error."""
         with self._lock:
-            if len(self._active) >= self.max_runs:
+            if len(self.active) >= self.max_runs:
                 raise _busy(f"{self.max_runs} of {self.max_runs} runs are going on")
-            if command.max and sum(entry.name == name for entry in self._active.values()) >= command.max:
+            if command.max and sum(entry.name == name for entry in self.active.values()) >= command.max:
                 raise _busy(f"{command.max} of {command.max} runs of {name!r} are going on")
 
     def start(self, entry: _Entry, make: _Maker) -> Run:
         """Take a slot, and start a run. Raises Error."""
-        settings, timeout, run = self._settings, entry.command.timeout, None
+        settings, timeout = self._settings, entry.command.timeout
         with self._lock:
             self.check_slot(entry.name, entry.command)
-            self._active[entry.id] = entry
+            self.active[entry.id] = entry
+            self._counts[f'runs_active{{command="{entry.name}"}}'] += 0  # shown from now on
+        release = partial(self.active.pop, entry.id, None)
         try:
-            release = partial(self._active.pop, entry.id, None)
             run = entry.run = make(settings, settings.timeout_seconds if timeout is None else timeout, release)
-            if _log.isEnabledFor(logging.DEBUG):
-                _log.debug("started %s as %s: %s", entry.name, run, _printable(str(run.line).encode(errors="replace")))
-            return run
         except BaseException as error:
-            if run:
-                run.close()
             release()
-            self._ended[entry.name, "not_started"] += 1
+            self._counts[f'runs_total{{command="{entry.name}",outcome="not_started"}}'] += 1
             if isinstance(error, (OSError, RuntimeError)):
                 raise _shortage(error) from None
             raise
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("started %s as %s: %s", entry.name, run, _printable(str(run.line).encode(errors="replace")))
+        return run
 
     def keep(self, entry: _Entry, make: _Maker) -> None:
         """Start a run that outlives its client. Raises Error."""
+        size = self._settings.transcript_bytes
         with ExitStack() as undo:
-            size = self._settings.transcript_bytes
             with self._lock:  # until it is listed, another could take the same room
                 room = min(size, self._drop_ended(size))
                 if room < min(_TRANSCRIPT_MIN_BYTES, size):
@@ -2368,9 +2364,8 @@ class _Runs:
                 entry.transcript = _open_transcript(self._settings, room)
                 self._kept[entry.id] = entry
             undo.callback(self._kept.pop, entry.id, None)
-            run = self.start(entry, make)
-            undo.callback(run.close)
-            thread = Thread(target=self._record, args=(entry,), daemon=True, name=f"streamlog-kept {run}")
+            undo.callback(self.start(entry, make).close)
+            thread = Thread(target=self._record, args=(entry,), daemon=True, name=f"streamlog-kept {entry.run}")
             try:
                 thread.start()
             except RuntimeError as error:
@@ -2381,66 +2376,58 @@ class _Runs:
     def share(self, entry: _Entry, make: _Maker) -> _Entry:
         """The run with the same command and values that goes on, or else a new one. It is entered: `leave` it."""
         with self._sharing:
-            found = self._shared.get(entry.key)
-            if found:
+            for found in self.find_shared(entry):
                 found.enter()
                 if found.goes_on:
                     return found
                 found.leave()
-            entry.linger_seconds = math.inf if entry.command.is_source else self._settings.linger_seconds
+            if not entry.command.is_source:
+                entry.linger_seconds = self._settings.linger_seconds
+            entry.key = entry.name, entry.values
             entry.enter()
             self.keep(entry, make)
-            self._shared[entry.key] = entry
             return entry
 
-    def is_shared(self, entry: _Entry) -> bool:
-        """Whether the entry would join a run that goes on."""
-        found = self._shared.get(entry.key)
-        return found is not None and found.goes_on
+    def find_shared(self, entry: _Entry) -> list[_Entry]:
+        """The shared run that goes on with the same command and values, if there is one."""
+        return [one for one in list(self._kept.values()) if one.key == (entry.name, entry.values) and one.goes_on]
 
     def _record(self, entry: _Entry) -> None:
-        """Write the output of a kept run into its transcript, until its end or the server's."""
+        """Write the output of a kept run into its transcript, until its end or the server's, and note how it ended."""
         run, transcript = entry.run, entry.transcript
         ending = {self._closing.descriptor: POLLIN} if self._closing else {}
         try:
             with _watchdog(run, self._settings), closing(run):
                 while not run.is_over:
-                    ready = run.wait(ending, entry.check_viewers())
-                    if ready.keys() & ending.keys():
-                        ending = {}
-                        run.stop(_SHUTTING_DOWN)
-                    for descriptor in ready.keys() & run.outputs.keys():
-                        data = run.read(descriptor)
-                        if data:
+                    for descriptor in run.wait(ending):
+                        if descriptor in ending:
+                            ending = {}
+                            run.stop(_SHUTTING_DOWN)
+                        else:
+                            data = run.read(descriptor)
                             transcript.write(run.stream, data)
+                            transcript.wake()
         except Exception:
             _log.exception("a bug: kept run of %s", entry.name)
-        finally:
-            self._end(entry)
-
-    def _end(self, entry: _Entry) -> None:
-        """Note, count and log the end of a kept run."""
-        outcome, transcript = entry.run.outcome, entry.transcript
+        outcome = run.outcome
         entry.ended = monotonic()
         transcript.finish(outcome)
-        with self._sharing:
-            if self._shared.get(entry.key) is entry and not entry.command.is_source:  # which cannot be read again
-                del self._shared[entry.key]
         self._drop_ended()
         self.count_end(entry.name, outcome, transcript.end)
         _log.info(
-            'kept=%s command=%s exit=%d bytes=%d seconds=%.3f end="%s"',
-            *(entry.id, entry.name, outcome.exit_code, transcript.end, outcome.seconds, outcome.reason or "exit"),
+            f"kept={entry.id} command={entry.name} exit={outcome.exit_code} bytes={transcript.end} "
+            f'seconds={outcome.seconds:.3f} end="{outcome.reason or "exit"}"'
         )
 
     def find(self, id_: str) -> _Entry:
         """The kept run of an id. Raises Error."""
         if not re.fullmatch(r"[A-Za-z0-9_-]{22}", id_):
             raise Error("there is no such run: an id has 22 letters, digits, '-' and '_'", 404)
-        for entry in self.kept():
-            if entry.id == id_:
-                return entry
-        raise Error("that run is no longer kept, or belongs to another server: see /-/runs", 410)
+        self._drop_ended()
+        entry = self._kept.get(id_)
+        if entry is None or not hasattr(entry, "run"):
+            raise Error("that run is no longer kept, or belongs to another server: see /-/runs", 410)
+        return entry
 
     def kept(self) -> list[_Entry]:
         """The kept runs, the newest first."""
@@ -2451,55 +2438,44 @@ class _Runs:
         """Drop ended runs that are too old, too many, or in the way of a new transcript, the oldest first; but not
         standard input, which cannot be read again. Their files are closed with their last readers. Returns the bytes
         that are left for a transcript."""
-        settings, now, free = self._settings, monotonic(), 0
+        settings = self._settings
         with self._lock:
+            free = settings.transcripts_bytes - sum(entry.transcript.room for entry in self._kept.values())
             ended = [entry for entry in self._kept.values() if entry.ended and not entry.command.is_source]
-            count = len(ended)
-            for entry in [None, *sorted(ended, key=lambda entry: entry.ended)]:
-                is_past = entry and (count > settings.kept_runs or now - entry.ended > settings.kept_seconds)
-                if entry and (is_past or (free < wanted_bytes and not entry.viewers)):
+            ended.sort(key=lambda entry: entry.ended)
+            for index, entry in enumerate(ended):
+                is_past = len(ended) - index > settings.kept_runs or monotonic() - entry.ended > settings.kept_seconds
+                if is_past or (free < wanted_bytes and not entry.viewers):
                     del self._kept[entry.id]
-                    count -= 1
-                free = settings.transcripts_bytes - sum(one.transcript.room for one in self._kept.values())
-        return free
+                    free += entry.transcript.room
+            return free
 
     def count_end(self, name: str, outcome: Outcome, sent_bytes: int) -> None:
         """Count a run that has ended."""
         with self._lock:
-            self._ended[name, outcome.kind] += 1
-            self._bytes[name] += sent_bytes
-            self._seconds[name] += outcome.seconds
+            self._counts[f'runs_total{{command="{name}",outcome="{outcome.kind}"}}'] += 1
+            self._counts[f'output_bytes_total{{command="{name}"}}'] += sent_bytes
+            self._counts[f'run_seconds_total{{command="{name}"}}'] += outcome.seconds
 
     def metrics(self, client_count: int) -> str:
         """The counts in Prometheus' text format (version 0.0.4)."""
         with self._lock:
-            active = Counter(entry.name for entry in self._active.values())
-            active.update({name: 0 for name, _ in self._ended})
-            lines = []
-            for name, type_, about, counts in (
-                ("runs_total", "counter", "Runs that have ended.", self._ended),
-                ("runs_active", "gauge", "Runs that are going on.", active),
-                ("output_bytes_total", "counter", "Bytes of output that were sent.", self._bytes),
-                ("run_seconds_total", "counter", "Time that runs have taken.", self._seconds),
-                ("clients", "gauge", "Open connections.", {"": client_count}),
-            ):
-                lines += [f"# HELP streamlog_{name} {about}", f"# TYPE streamlog_{name} {type_}"]
-                for key, count in sorted(counts.items()):
-                    labels = zip(("command", "outcome"), key if isinstance(key, tuple) else (key,))
-                    written = ",".join(f'{label}="{value}"' for label, value in labels)
-                    lines.append(f"streamlog_{name}{{{written}}} {count:.10g}".replace('{command=""}', ""))
+            counts = self._counts.copy()
+            for entry in self.active.values():
+                counts[f'runs_active{{command="{entry.name}"}}'] += 1
+        counts["clients"] = client_count
+        lines = []
+        for line in _METRICS.split("\n"):
+            name, type_, about = line.split(" ", 2)
+            lines += [f"# HELP streamlog_{name} {about}", f"# TYPE streamlog_{name} {type_}"]
+            lines += [f"streamlog_{key} {counts[key]:.10g}" for key in sorted(counts) if key.startswith(name)]
         return "\n".join([*lines, ""])
 
-    @property
-    def active_count(self) -> int:
-        """How many runs go on."""
-        return len(self._active)
-
-    def stop_all(self, grace: float) -> None:
-        """Stop every run."""
-        for entry in list(self._active.values()):
+    def kill(self) -> None:
+        """Stop every run without a grace time."""
+        for entry in list(self.active.values()):
             if hasattr(entry, "run"):  # or else it is only being started
-                entry.run.stop(_SHUTTING_DOWN, grace)
+                entry.run.stop(_SHUTTING_DOWN, 0)
 
     def join(self, deadline: float) -> bool:
         """Wait for the kept runs to end; False if some have not by the deadline."""
@@ -2516,25 +2492,19 @@ class _Runs:
 @contextmanager
 def _watchdog(run: Run, settings: Settings) -> Iterator[None]:
     """Have a shell end the run's process group if this program is killed, which ends the shell's input."""
-    if not isinstance(run, Process):
+    with ExitStack() as stack:
+        if isinstance(run, Process):
+            argv = ["/bin/sh", "-c", _WATCHDOG, f"{run.pid}", f"{settings.grace_seconds}"]
+            none, env = subprocess.DEVNULL, {"PATH": os.defpath}
+            try:
+                dog = subprocess.Popen(
+                    argv, stdin=subprocess.PIPE, stdout=none, stderr=none, cwd="/", env=env, start_new_session=True
+                )
+                _files.add(stack.enter_context(dog).stdin)
+                stack.callback(dog.kill)  # before its input is closed
+            except OSError as error:
+                _log.warning("%s has no watchdog: %s", run, error)
         yield
-        return
-    argv = ["/bin/sh", "-c", _WATCHDOG, str(run.pid), str(settings.grace_seconds)]
-    none, env = subprocess.DEVNULL, {"PATH": os.defpath}
-    try:
-        dog = subprocess.Popen(
-            argv, 0, stdin=subprocess.PIPE, stdout=none, stderr=none, cwd="/", env=env, start_new_session=True
-        )
-    except OSError as error:
-        _log.warning("%s has no watchdog: %s", run, error)
-        yield
-        return
-    with dog:
-        _files.add(dog.stdin)
-        try:
-            yield
-        finally:
-            dog.kill()
 
 
 class Run:
@@ -2545,34 +2515,34 @@ class Run:
 
     takes_input = False
 
-    def __init__(self, line: object, settings: Settings, timeout: float | None, release: _Release) -> None:
+    def __init__(self, line: object, settings: Settings, timeout: float | None) -> None:
         self.line = line  # as str() has it
-        self.outputs: dict[int, str] = {}  # streams, by the descriptors to read them from
-        self._output_files: dict[int, IO[bytes]] = {}
+        self.outputs: dict[int, tuple[str, IO[bytes]]] = {}  # streams and files, by the descriptors to read from
         self.stream = ""  # of what was read last
         self.output_bytes = 0  # that were read
-        self.skipped_bytes = 0  # of output that was overwritten before it could be read, since the last read
+        self.skipped_bytes = 0  # of output before what was read last, which was overwritten before it could be read
         self.started = monotonic()
         self.seconds = 0.0
         self.reason = ""  # why it was ended, unless it ended by itself
         self.exit_code: int | None = None
-        self.signal: int | None = None  # that ended it
+        self.signal: int | None = None  # that it died of
+        self.is_stopping = False  # whether it was asked to end
+        self.is_gone = False  # whether nothing of it is left, or it was given up
         try:
             self.bell = _Bell()
         except OSError as error:
             raise _shortage(error) from None
-        self._exit: IO[bytes] | None = None  # turns readable at the exit, where there is such a thing
+        self._exit = self.bell.descriptor  # turns readable at the exit
+        self._held = ExitStack()  # what to close, and to call, once all is gone
         self._settings = settings
-        self._release: _Release | None = release  # gives the slot back; None once all is gone
         self._owner = os.getpid()
         self._lock = RLock()  # guards the process and its input against other threads
         self._agenda: dict[Callable[[], object], float] = {}  # what is to be done, by monotonic()
-        self._owed: _Events = {}  # bytes that are still to be read of an output, after the drain time
+        self._owed: dict[int, float] = {}  # bytes that are still to be read of an output, after the drain time
         self._block = _BLOCK_MIN_BYTES
-        self._is_asked = self._is_killed = self._is_drained = self._is_ending = False
-        self._timeout = timeout or 0
-        if timeout:
-            self._agenda[self._time_out] = self.started + timeout
+        self._is_killed = self._is_drained = False
+        self._timeout = timeout
+        self.later(timeout or math.inf, self._time_out)
 
     def __str__(self) -> str:
         return str(self.line)
@@ -2600,10 +2570,7 @@ class Run:
             if client:
                 client.react(ready)
             for descriptor in ready:
-                if descriptor not in self.outputs:  # it was closed while the client took another piece
-                    continue
-                data = self.read(descriptor, format_.block_bytes)
-                skipped, self.skipped_bytes = self.skipped_bytes, 0
+                data, skipped = self.read(descriptor, format_.block_bytes), self.skipped_bytes
                 if skipped and not format_.can_skip:  # the client could not tell that something is missing
                     self.stop(_OVERTAKEN)
                     break
@@ -2621,50 +2588,58 @@ class Run:
         self._look_after()
         if self.is_over and not was_over:
             return {}
-        own = [
-            self.bell.descriptor,
-            *([self._exit.fileno()] if self._exit else []),
-            *([] if is_paused else self.outputs),
-        ]
-        ready = _poll({**others, **dict.fromkeys(own, POLLIN)}, min([deadline, *self._agenda.values()]))
-        if self._exit and ready.pop(self._exit.fileno(), 0):
-            self._note_exit()
-        if self.bell.descriptor not in self.outputs and ready.pop(self.bell.descriptor, 0):
+        own = {self.bell.descriptor, self._exit} - self.outputs.keys()  # a replay's output is its bell
+        watched = dict.fromkeys([*own, *([] if is_paused else self.outputs)], POLLIN)
+        ready = _poll({**others, **watched}, min([deadline, *self._agenda.values()]))
+        if own & ready.keys():
             self.bell.silence()
+            self._look_for_exit()
         self._look_after()
-        return ready
+        return {descriptor: events for descriptor, events in ready.items() if descriptor not in own}
+
+    def later(self, seconds: float, action: Callable[[], object]) -> None:
+        """Have the thread that owns the run do something, unless all of the run is gone by then."""
+        if not self.is_gone:
+            self._agenda[action] = monotonic() + seconds
 
     def _look_after(self) -> None:
-        """Do what is due."""
+        """Do what is due, in its order: what has ended by itself is not given up."""
         now = monotonic()
-        for action, moment in list(self._agenda.items()):
-            if moment <= now and self._agenda.pop(action, 0.0):
+        for action in sorted(self._agenda, key=self._agenda.__getitem__):
+            if self._agenda.get(action, math.inf) <= now:
+                del self._agenda[action]
                 action()
         if self._is_drained and self.reason:  # its answer is cut anyway
             self._drop_outputs()
-        if self.exit_code is not None and not self._is_ending and (self._is_drained or not self.outputs):
-            self._is_ending = True
+        has_ended = self.exit_code is not None and (self._is_drained or not self.outputs)
+        if has_ended and not self.is_gone and self._end not in self._agenda:
             self._end()
 
     def read(self, descriptor: int, limit: int = _BLOCK_MAX_BYTES) -> bytes:
         """The next block of an output that is ready. Empty at its end, or if there is nothing after all."""
-        self.stream = self.outputs[descriptor]
-        owed = self._owed.get(descriptor, limit)
+        self.skipped_bytes = 0
+        if descriptor not in self.outputs:  # it was closed meanwhile
+            return b""
+        self.stream, _ = self.outputs[descriptor]
+        owed = self._owed.setdefault(descriptor, math.inf)
         try:
-            data = self._take(descriptor, min(self._block, owed, limit))
+            data = self._take(descriptor, int(min(self._block, owed, limit)))
         except BlockingIOError:
             return b""
+        except OSError as error:
+            if error.errno != errno.EIO:  # a terminal that nobody has open any more (pty(7))
+                raise
+            data = b""
         whole, room = len(data), (self._settings.max_output_bytes or math.inf) - self.output_bytes
         if whole > room:  # said before the output may close, and the run be over
             self.stop(f"output limit of {self._settings.max_output_bytes} bytes")
             data = data[: int(room)]
         self.output_bytes += len(data)
-        if descriptor in self._owed:
-            self._owed[descriptor] -= whole
-        if not whole or self._owed.get(descriptor) == 0:
+        self._owed[descriptor] -= whole
+        if not whole or whole == owed:
             self._close_output(descriptor)
             self._look_after()
-        elif whole == _BLOCK_MIN_BYTES and _SET_PIPE_SIZE:
+        elif whole == _BLOCK_MIN_BYTES:
             self._block = _BLOCK_MAX_BYTES
             with suppress(OSError):  # it is no pipe, or the user's memory for pipes is spent
                 fcntl.fcntl(descriptor, _SET_PIPE_SIZE, _BLOCK_MAX_BYTES)
@@ -2672,62 +2647,53 @@ class Run:
 
     def _take(self, descriptor: int, size: int) -> bytes:
         """Up to so many bytes of an output. Raises BlockingIOError if there is nothing yet."""
-        try:
-            return os.read(descriptor, size)
-        except OSError as error:
-            if error.errno != errno.EIO:  # a terminal that nobody has open any more (pty(7))
-                raise
-            return b""
+        return os.read(descriptor, size)
 
-    def stop(self, reason: str, grace: float | None = None) -> None:
+    def stop(self, reason: str, grace: float = math.inf) -> None:
         """Ask it to end, and kill it after the grace time. The first reason is the one that counts."""
         if self._owner != os.getpid():  # a fork's copy: the run is its parent's
             return
         with self._lock:
             if not self.is_over:
                 self.reason = self.reason or reason
-                self._agenda.pop(self._time_out, None)
-            if self._release is not None:
-                self._terminate(self._settings.grace_seconds if grace is None else grace)
+            if not (self.is_gone or self._is_killed):
+                moment = monotonic() + min(grace, self._settings.grace_seconds)
+                self._agenda[self._kill] = min(moment, self._agenda.get(self._kill, math.inf))
+                if not self.is_stopping:
+                    self.is_stopping = True
+                    self._signal(signal.SIGTERM)
         self.bell.ring()
-
-    def _terminate(self, grace: float) -> None:
-        moment = monotonic() + grace
-        if not self._is_asked:
-            self._is_asked = True
-            self._agenda[self._kill] = moment
-            self._signal(signal.SIGTERM)
-        elif self._kill in self._agenda:
-            self._agenda[self._kill] = min(self._agenda[self._kill], moment)
 
     def _kill(self) -> None:
         self._is_killed = True
-        self._agenda[self._abandon] = monotonic() + _ABANDON_SECONDS
+        self.later(_ABANDON_SECONDS, self._abandon)
         self._signal(signal.SIGKILL)
+        if self.exit_code is not None:  # what was killed writes no more
+            self._end_drain()
 
     def _signal(self, number: int) -> None:
         """Ask it to end (SIGTERM), or end it by force (SIGKILL)."""
 
-    def _look_for_exit(self) -> bool:
-        """Note the exit if it has happened, though no event has said so yet."""
-        return False
+    def _look_for_exit(self) -> None:
+        """Note the exit if it has happened."""
 
     def _time_out(self) -> None:
         self.stop(f"timeout after {self._timeout:g} s")
 
-    def _note_exit(self) -> None:
+    def _note_exit(self, code: int) -> None:
         """It has ended. What is in the pipes, or comes in the drain time, still belongs to the answer."""
-        self.seconds = monotonic() - self.started
-        self._drop_exit()
+        self.seconds, self.exit_code, self._exit = monotonic() - self.started, code, self.bell.descriptor
         self._agenda.pop(self._time_out, None)
-        self._agenda[self._end_drain] = monotonic() + (0 if self._is_killed else self._settings.drain_seconds)
+        self.later(0 if self._is_killed else self._settings.drain_seconds, self._end_drain)
+        if self._is_killed:
+            self.later(_ABANDON_SECONDS, self._abandon)
 
     def _end_drain(self) -> None:
         """Read only what is in the pipes now: another process that holds them open is not waited for."""
         self._is_drained = True
         for descriptor in list(self.outputs):
-            self._owed[descriptor] = struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))[0]
-            if not self._owed[descriptor]:
+            owed = self._owed[descriptor] = struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))[0]
+            if not owed:
                 self._close_output(descriptor)
 
     def _end(self) -> None:
@@ -2736,22 +2702,21 @@ class Run:
 
     def _abandon(self) -> None:
         """Give up on what no force ends: a process stuck in the kernel, or a task that does not look up."""
-        if self.exit_code is None and self._look_for_exit():
-            self._agenda[self._abandon] = monotonic() + _ABANDON_SECONDS
+        self._look_for_exit()
+        if self._abandon in self._agenda:  # it has ended, but nobody had looked
             return
         _log.warning("%s does not end: given up", self)
         if self.exit_code is None:
-            self.seconds, self.exit_code = monotonic() - self.started, 128 + signal.SIGKILL
+            self._note_exit(128 + signal.SIGKILL)
         if self.outputs:
             self.reason = self.reason or "it does not end"
+        self._is_drained = True
         self._finish()
 
     def _finish(self) -> None:
+        self.is_gone = True
         self._agenda.clear()
-        self._drop_exit()
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+        self._held.close()
 
     def close(self) -> None:
         """Stop the run if it goes on, wait until all of it is gone, and free what it holds. May be called twice.
@@ -2762,29 +2727,19 @@ class Run:
         if self._owner != os.getpid():  # a fork's copy, whose descriptors are closed
             return
         self.stop("closed")
-        while self._release is not None:
+        while not self.is_gone:
             for descriptor in self.wait({}):
-                if descriptor in self.outputs:
-                    self.read(descriptor)
+                self.read(descriptor)
         self._drop_outputs()
         self.bell.close()
-
-    def _drop_exit(self) -> None:
-        if self._exit:
-            self._exit.close()
-        self._exit = None
 
     def _drop_outputs(self) -> None:
         for descriptor in list(self.outputs):
             self._close_output(descriptor)
 
-    def _open_output(self, stream: str, file: IO[bytes]) -> None:
-        self.outputs[file.fileno()], self._output_files[file.fileno()] = stream, file
-
     def _close_output(self, descriptor: int) -> None:
-        del self.outputs[descriptor]
-        if descriptor in self._output_files:  # a replay's is its bell
-            self._output_files.pop(descriptor).close()
+        _, file = self.outputs.pop(descriptor)
+        file.close()
 
 
 _files: weakref.WeakSet[Any] = weakref.WeakSet()  # pipes and the like; a forked process closes its copies
@@ -2829,34 +2784,37 @@ class Process(Run):
     """
 
     def __init__(self, launch: Launch, settings: Settings, timeout: float | None, release: _Release) -> None:
-        super().__init__(launch, settings, timeout, release)
+        super().__init__(launch, settings, timeout)
         try:
-            self._process, terminal = _spawn(launch, settings)
+            self._process, self._terminal = _spawn(launch, settings)
         except BaseException:
             self.bell.close()
             raise
-        self._stdin, self._terminal, process = self._process.stdin, terminal, self._process
-        for stream, file in (("stdout", process.stdout), ("stderr", process.stderr)):
-            if file:
-                self._open_output(stream, file)
-        if terminal is not None:
-            self._open_output("stdout", _own(terminal))
-            self._stdin = _own(os.dup(terminal), "wb") if launch.stdin == "pipe" else None
-        for file in (process.stdin, process.stdout, process.stderr):
+        self._held.callback(release)
+        process = self._process
+        self.pid = process.pid  # of the leader, and of its group
+        self._groups = {self.pid}
+        self._is_in_line = False  # of what was written to a terminal
+        self._stdin, stdout = process.stdin, process.stdout
+        if self._terminal is not None:
+            stdout = _own(self._terminal)
+            self._stdin = _own(os.dup(self._terminal), "wb") if launch.stdin == "pipe" else None
+        for stream, file in (("stdin", self._stdin), ("stdout", stdout), ("stderr", process.stderr)):
             if file:
                 _files.add(file)
                 os.set_blocking(file.fileno(), False)
-        self.pid = process.pid  # of the leader, and of its group
+                if file is self._stdin:
+                    self._held.callback(file.close)
+                else:
+                    self.outputs[file.fileno()] = stream, file
         self.takes_input = self._stdin is not None
-        self._is_in_line = False  # of what was written to a terminal
-        self._groups = {self.pid}
-        if settings.child_nofile and hasattr(resource, "prlimit"):
-            with suppress(OSError):  # it may have ended already
+        if settings.child_nofile:
+            with suppress(AttributeError, OSError):  # it needs Linux, and the process may have ended already
                 resource.prlimit(self.pid, resource.RLIMIT_NOFILE, settings.child_nofile)
         try:
-            self._exit = _own(os.pidfd_open(self.pid))
+            self._exit = self._held.enter_context(_own(os.pidfd_open(self.pid))).fileno()
         except (AttributeError, OSError):  # it needs Linux 5.3, and may be forbidden in a container
-            self._agenda[self._look_for_exit] = self.started + _LOOK_SECONDS
+            self.later(_LOOK_SECONDS, self._look_for_exit)
 
     def __str__(self) -> str:
         return f"process group {self.pid}"
@@ -2865,13 +2823,13 @@ class Process(Run):
         """Give the command input, as it takes it. Raises BrokenPipeError if it takes no more."""
         view = memoryview(data)
         while view:
-            if self._stdin is None or self._stdin.closed or self.exit_code is not None:
+            if self._stdin is None or self.exit_code is not None:
                 raise BrokenPipeError("the command takes no input")
             try:
                 view = view[self._stdin.write(view) or 0 :]
-                self._is_in_line = data[-1:] != b"\n"
             except (OSError, ValueError) as error:  # EPIPE, EIO of a terminal, or closed meanwhile
                 raise BrokenPipeError("the command takes no more input") from error
+            self._is_in_line = data[-1:] != b"\n"
             if view:
                 pause({self._stdin.fileno(): POLLOUT, self.bell.descriptor: 0})  # closing the bell wakes us up
 
@@ -2880,7 +2838,7 @@ class Process(Run):
         if self._terminal is not None:
             with suppress(BrokenPipeError):
                 self.write(b"\x04\x04"[: 1 + self._is_in_line])
-            self._agenda[self._repeat_end] = monotonic() + _REMIND_SECONDS
+            self.later(_REMIND_SECONDS, self._repeat_end)
             self.bell.ring()
         if self._stdin:
             self._stdin.close()
@@ -2891,7 +2849,7 @@ class Process(Run):
             with suppress(OSError, termios.error):
                 if not termios.tcgetattr(self._terminal)[3] & termios.ICANON:
                     os.write(self._terminal, b"\x04")
-            self._agenda[self._repeat_end] = monotonic() + _REMIND_SECONDS
+            self.later(_REMIND_SECONDS, self._repeat_end)
 
     def feed(self, pieces: Iterable[bytes]) -> None:
         """Pass a body on to the command, and then its end. If the body breaks off, the run is stopped, and the command
@@ -2908,41 +2866,36 @@ class Process(Run):
 
     def _signal(self, number: int) -> None:
         if number == signal.SIGTERM and self._terminal is not None:  # which an interactive shell ignores
-            self._agenda[partial(self._signal, signal.SIGHUP)] = monotonic() + _HANG_UP_SECONDS
+            self.later(0.3, partial(self._signal, signal.SIGHUP))  # a program may need a moment to clean up
         with self._lock:
             if self._process.returncode is not None and _exists(self.pid):  # a stranger's by now
                 return
             if self._terminal is not None:
                 with suppress(OSError):  # without a look, the groups that are known must do
-                    self._groups |= {group for group, session in _look(monotonic()).values() if session == self.pid}
+                    self._groups |= {group for group, session in _look(monotonic()) if session == self.pid}
             for group in self._groups:
                 with suppress(ProcessLookupError, PermissionError):  # it may be empty, or another user's
                     os.killpg(group, number)
                     os.killpg(group, signal.SIGCONT)  # a stopped process acts on a signal only once it continues
 
-    def _look_for_exit(self) -> bool:
-        if self.exit_code is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            self._note_exit()
-        elif self._exit is None and self.exit_code is None:
-            self._agenda[self._look_for_exit] = monotonic() + _LOOK_SECONDS
-        return self.exit_code is not None
-
-    def _note_exit(self) -> None:
-        super()._note_exit()
+    def _look_for_exit(self) -> None:
         with self._lock:
-            code = self._process.wait()
-            self.exit_code, self.signal = (code, None) if code >= 0 else (128 - code, -code)
+            code = self._process.poll()
+        if code is None and self._exit == self.bell.descriptor:
+            self.later(_LOOK_SECONDS, self._look_for_exit)
+        elif code is not None and self.exit_code is None:
+            self.signal = -code if code < 0 else None
+            self._note_exit(128 - code if code < 0 else code)
 
     def _end(self) -> None:
         """Ask the rest of the group to end too, and make sure that it does."""
         if self._is_empty():
             self._finish()
             return
-        with self._lock:
-            self._terminate(self._settings.grace_seconds)
+        self.stop("")  # it has ended by itself
         if self._is_killed:  # also what was forked, or found, since
             self._signal(signal.SIGKILL)
-        self._agenda[self._end] = monotonic() + _LOOK_SECONDS
+        self.later(_LOOK_SECONDS, self._end)
 
     def _is_empty(self) -> bool:
         """Whether nobody lives in the group, once its leader is reaped, or in the terminal's session."""
@@ -2956,21 +2909,16 @@ class Process(Run):
         except PermissionError:  # another user's processes are in it
             pass
         try:
-            living = _look(self.started).values()
+            living = _look(self.started)
         except OSError:  # take for living what cannot be looked at
             return False
-        if any(self.pid == group or (self._terminal is not None and self.pid == session) for group, session in living):
+        if any(self.pid in (group, self._terminal is not None and session) for group, session in living):
             return False
         self._signal(signal.SIGKILL)  # for one that forked during the look; zombies do not mind
         with suppress(ChildProcessError):
             while os.waitpid(-self.pid, os.WNOHANG)[0]:  # if we are process 1, orphans come to us
                 pass
         return _HAS_PROC
-
-    def _finish(self) -> None:
-        super()._finish()
-        if self._stdin:
-            self._stdin.close()
 
 
 _STDERR = {"merge": subprocess.STDOUT, "separate": subprocess.PIPE, "discard": subprocess.DEVNULL}
@@ -2980,84 +2928,70 @@ _ON_TERMINAL = ("/bin/sh", "-c", ': <>"$0" && exec "$@"')
 
 
 def _spawn(launch: Launch, settings: Settings) -> tuple[subprocess.Popen[bytes], int | None]:
-    """Start a process in a session of its own, with pipes or on a terminal. Returns it, and our end of the terminal.
-    Raises Error, 500 or 503."""
-    argv, env, stdout, ours = launch.argv, launch.env, subprocess.PIPE, None
+    """Start a process in a session of its own, with pipes or on a terminal (pty(7)). Returns it, and our end of the
+    terminal. Raises Error, 500 or 503."""
+    argv, env, ours, theirs = launch.argv, launch.env, None, subprocess.PIPE
     try:
         if launch.pty:
             if not shutil.which(argv[0], path=env.get("PATH")):
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            ours, stdout = _open_terminal(settings, launch.pty == "echo")
-            columns, lines = map(str, settings.terminal_size)
-            env = {**env, "COLUMNS": columns, "LINES": lines}
-            argv = [*_ON_TERMINAL, os.ttyname(stdout), *argv]
-        try:
-            process = subprocess.Popen(
-                argv,
-                bufsize=0,
-                stdin={"none": subprocess.DEVNULL, "own": 0, "pipe": stdout}[launch.stdin],
-                stdout=stdout,
-                stderr=_STDERR[launch.stderr],
-                cwd=launch.cwd,
-                env=env,
-                start_new_session=True,
-            )
-        finally:
-            if launch.pty:
-                os.close(stdout)
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+            ours, theirs = os.openpty()
+            columns, lines = settings.terminal_size
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+            if launch.pty != "echo":
+                modes = termios.tcgetattr(theirs)
+                modes[1] &= ~termios.OPOST  # leave the ends of output lines alone
+                modes[3] &= ~(termios.ECHO | termios.ECHONL)
+                termios.tcsetattr(theirs, termios.TCSANOW, modes)
+            env = {**env, "COLUMNS": f"{columns}", "LINES": f"{lines}"}
+            argv = [*_ON_TERMINAL, os.ttyname(theirs), *argv]
+        process = subprocess.Popen(
+            argv,
+            bufsize=0,
+            stdin={"none": subprocess.DEVNULL, "own": 0, "pipe": theirs}[launch.stdin],
+            stdout=theirs,
+            stderr=_STDERR[launch.stderr],
+            cwd=launch.cwd,
+            env=env,
+            start_new_session=True,
+        )
     except (OSError, ValueError) as error:
         if ours is not None:
             os.close(ours)
-        raise _start_error(launch, error) from None
+        number = getattr(error, "errno", 0)
+        if number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+            raise _shortage(error) from None
+        where = f" in {launch.cwd!r}" if launch.cwd is not None else ""
+        hint = " (a script needs a #! line)" if number == errno.ENOEXEC else ""
+        why = f"{getattr(error, 'strerror', None) or error}{hint}"
+        raise Error(f"cannot start {launch.argv[0]!r}{where}: {why}", 500) from None
+    finally:
+        if theirs != subprocess.PIPE:
+            os.close(theirs)
     return process, ours
-
-
-def _open_terminal(settings: Settings, has_echo: bool) -> tuple[int, int]:
-    """A new terminal (pty(7)): the descriptors of our end and of the command's."""
-    ours, theirs = os.openpty()
-    columns, lines = settings.terminal_size
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-    if not has_echo:
-        modes = termios.tcgetattr(theirs)
-        modes[1] &= ~termios.OPOST  # leave the ends of output lines alone
-        modes[3] &= ~(termios.ECHO | termios.ECHONL)
-        termios.tcsetattr(theirs, termios.TCSANOW, modes)
-    return ours, theirs
-
-
-def _start_error(launch: Launch, error: Exception) -> Error:
-    number = error.errno if isinstance(error, OSError) else 0
-    if number in _SHORTAGES:
-        return _shortage(error)
-    where = f" in {launch.cwd!r}" if launch.cwd is not None else ""
-    hint = " (a script needs a #! line)" if number == errno.ENOEXEC else ""
-    return Error(f"cannot start {launch.argv[0]!r}{where}: {getattr(error, 'strerror', None) or error}{hint}", 500)
 
 
 # One look at /proc (proc_pid_stat(5)) serves all the runs that are ending. An orphan's zombie stays in its group until
 # process 1 reaps it, which takes seconds in some containers, or never happens.
 _HAS_PROC = os.path.exists("/proc/self")
 _look_lock = Lock()
-_looked_at, _living = -math.inf, {}  # type: float, dict[int, tuple[int, int]]
+_seen: tuple[float, set[tuple[int, int]]] = (-math.inf, set())  # the moment of the last look, and what it found
 
 
-def _look(since: float) -> dict[int, tuple[int, int]]:
-    """The group and session of each living process, seen after `since` and at most 50 ms ago. Raises OSError without a
+def _look(since: float) -> set[tuple[int, int]]:
+    """The groups and sessions of living processes, seen after `since` and at most 50 ms ago. Raises OSError without a
     /proc; there, as on macOS, kill(2) does not count zombies anyway."""
-    global _looked_at, _living  # noqa: PLW0603
+    global _seen  # noqa: PLW0603
     with _look_lock:
-        if _looked_at < max(since, monotonic() - _LOOK_SECONDS):
-            moment, found = monotonic(), {}
+        if _seen[0] < max(since, monotonic() - _LOOK_SECONDS):
+            moment, living = monotonic(), set()
             for pid in filter(str.isdigit, os.listdir("/proc")):
-                with (
-                    suppress(FileNotFoundError, ProcessLookupError),
-                    open(f"/proc/{pid}/stat", "rb") as file,
-                ):
-                    fields = file.read().rpartition(b")")[2].split()
-                    if fields[0] not in (b"Z", b"X") or int(fields[17]) > 1:  # a zombie leader may have living threads
-                        found[int(pid)] = int(fields[2]), int(fields[3])
-            _looked_at, _living = moment, found
-        return _living
+                with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat", "rb") as file:
+                    state, *fields = file.read().rpartition(b")")[2].split()
+                    if state not in b"ZX" or int(fields[16]) > 1:  # a zombie leader may have living threads
+                        living.add((int(fields[1]), int(fields[2])))
+            _seen = moment, living
+        return _seen[1]
 
 
 def _exists(pid: int) -> bool:
@@ -3078,18 +3012,15 @@ class Task(Run):
     """
 
     def __init__(self, call: Call, settings: Settings, timeout: float | None, release: _Release) -> None:
-        super().__init__(f"task {call}", settings, timeout, lambda: None)
-        self.is_stopping = False
-        self._free_slot = release  # called by the thread, which may outlast the run
-        self._result: int | None = None
+        super().__init__(f"task {call}", settings, timeout)
         self._write_lock = Lock()  # guards the writer: threads that the task starts may log, too
         reader, writer = os.pipe()
-        self._open_output("stdout", _own(reader))
+        self.outputs[reader] = "stdout", _own(reader)
         self._writer = open(writer, "wb", buffering=0)
         _files.add(self._writer)
-        context = contextvars.copy_context()
+        run = contextvars.copy_context().run
         try:
-            Thread(target=context.run, args=(self._perform, call), daemon=True, name=str(self)).start()
+            Thread(target=run, args=(self._perform, call, release), daemon=True, name=str(self)).start()
         except RuntimeError:
             self._writer.close()
             self._drop_outputs()
@@ -3100,13 +3031,13 @@ class Task(Run):
         """Add to the output. Raises BrokenPipeError once nobody waits for it any more."""
         view = memoryview(data)
         with self._write_lock:
-            while view and not self._writer.closed:
-                if self._is_killed:
+            while view:
+                if self._is_killed or self._writer.closed:
                     raise BrokenPipeError("this run has ended")
                 view = view[self._writer.write(view) :]
 
-    def _perform(self, call: Call) -> None:
-        """Call the function, in its thread."""
+    def _perform(self, call: Call, release: _Release) -> None:
+        """Call the function, in its thread, which may outlast the run: it gives the slot back."""
         _task.set(self)
         code = 1
         try:
@@ -3121,36 +3052,20 @@ class Task(Run):
                 self.write("".join(traceback.format_exception(type(error), error, trace)).encode(errors="replace"))
         with self._write_lock:
             self._writer.close()
-        self._free_slot()
-        self._result = code
+        _task.set(None)
+        release()
+        self._agenda[partial(self._note_exit, code)] = 0.0  # before all else that is due
         self.bell.ring()
 
     def _write_result(self, result: object) -> None:
-        if not isinstance(result, Iterator):
-            if result is not None:
-                self.write(_encode(result))
-            return
-        with closing(result) if hasattr(result, "close") else nullcontext():  # type: ignore[type-var]
-            for piece in result:
-                self.write(_encode(piece))
+        """Write text and bytes as they are, anything else as a line of JSON."""
+        pieces = result if isinstance(result, Iterator) else iter([] if result is None else [result])
+        with closing(pieces) if hasattr(pieces, "close") else nullcontext():  # type: ignore[type-var]
+            for piece in pieces:
+                data = piece if isinstance(piece, (str, bytes, bytearray, memoryview)) else json.dumps(piece) + "\n"
+                self.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else bytes(data))
                 if self.is_stopping:
                     break
-
-    def _signal(self, number: int) -> None:
-        self.is_stopping = True
-
-    def _look_after(self) -> None:
-        if self.exit_code is None and self._result is not None:
-            self._note_exit()
-            self.exit_code = self._result
-        super()._look_after()
-
-
-def _encode(value: object) -> bytes:
-    """A piece of a task's output: text and bytes as they are, anything else as a line of JSON."""
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value)
-    return (value if isinstance(value, str) else json.dumps(value) + "\n").encode("utf-8", "surrogateescape")
 
 
 _task: contextvars.ContextVar[Task | None] = contextvars.ContextVar("streamlog_task", default=None)
@@ -3608,7 +3523,7 @@ class Transcript:
         self._file = file or io.BytesIO()
         self._lock = Lock()  # guards what follows, and the place in the file
         self._changes = [(0, "stdout")]  # offsets at which the stream changes, and to which
-        self._waiting: set[_Replay] = set()
+        self.waiting: weakref.WeakSet[_Bell] = weakref.WeakSet()  # of readers that have read all there is
 
     def __del__(self) -> None:
         self._file.close()
@@ -3618,9 +3533,8 @@ class Transcript:
         """The bytes that it takes, or may still take."""
         return self.size if self.outcome is None else self.end - self.start
 
-    def write(self, stream: str, data: bytes, is_gathered: bool = False) -> None:
-        """Add output, and wake the readers that wait, unless they are woken later. What the disk does not take is
-        lost, and readers are told so."""
+    def write(self, stream: str, data: bytes) -> None:
+        """Add output; `wake` tells the readers. What the disk does not take is lost, and readers are told so."""
         with self._lock:
             end, view = self.end + len(data), memoryview(data)[-self.size :]
             if self._changes[-1][1] != stream:
@@ -3635,8 +3549,6 @@ class Transcript:
             except OSError:
                 self._forget(end)
             self.end = end
-        if not is_gathered:
-            self.wake()
 
     def _forget(self, start: int) -> None:
         self.start = max(self.start, start)
@@ -3645,51 +3557,39 @@ class Transcript:
     def wake(self) -> None:
         """Ring for the readers that wait."""
         with self._lock:
-            waiting, self._waiting = self._waiting, set()
-        for reader in waiting:
-            reader.bell.ring()
+            waiting, self.waiting = self.waiting, weakref.WeakSet()
+        for bell in waiting:
+            bell.ring()
 
     def finish(self, outcome: Outcome) -> None:
         """Say how the run has ended: nothing more will come."""
         self.outcome = outcome
         self.wake()
 
-    def read(self, offset: int, limit: int, stop: float = math.inf) -> tuple[int, str, bytes]:
+    def read(
+        self, offset: int, limit: int, stop: float = math.inf, bell: _Bell | None = None
+    ) -> tuple[int, str, bytes]:
         """Output of one stream from an offset on, before `stop`: the offset of its first byte, which is later if that
-        is no longer kept, the stream, and the bytes; none at the end."""
+        is no longer kept, the stream, and the bytes; none at the end. With a bell, raises BlockingIOError if nothing
+        has come yet, not even the end; then the bell rings once something does."""
         with self._lock:
+            if bell and self.outcome is None and self.end <= offset < stop:
+                bell.silence()
+                self.waiting.add(bell)
+                raise BlockingIOError
             at = max(offset, self.start)
             index = bisect.bisect_right(self._changes, (at, "~"))
             changed = self._changes[index][0] if index < len(self._changes) else math.inf
             end, stream = int(min(changed, self.end, at + limit, stop)), self._changes[index - 1][1]
-            return at, stream, self._get(at, end - at)
+            return at, stream, self._get(at, max(0, end - at))
 
     def _get(self, offset: int, count: int) -> bytes:
         self._file.seek(offset % self.size)
-        data = self._file.read(max(0, min(count, self.size - offset % self.size)))
+        data = self._file.read(count)  # which ends where the ring does
         if len(data) < count:
             self._file.seek(0)
             data += self._file.read(count - len(data))
         return data
-
-    def wait(self, reader: _Replay, offset: int) -> bool:
-        """Whether nothing follows an offset yet, not even the end. Then the reader's bell rings once something does."""
-        with self._lock:
-            is_early = self.end <= offset and self.outcome is None
-            if is_early:
-                reader.bell.silence()
-                self._waiting.add(reader)
-            return is_early
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether a reader waits."""
-        return bool(self._waiting)
-
-    def forget_reader(self, reader: _Replay) -> None:
-        """Ring for a reader no more."""
-        with self._lock:
-            self._waiting.discard(reader)
 
     def find_tail(self, lines: int) -> int:
         """The offset of the last lines, or of the oldest byte if fewer are kept."""
@@ -3697,56 +3597,52 @@ class Transcript:
             at = self.end
             wanted = lines + (at > self.start and self._get(at - 1, 1) == b"\n")
             while at > self.start and wanted:
-                block = self._get(max(self.start, at - _BLOCK_MAX_BYTES), min(_BLOCK_MAX_BYTES, at - self.start))
+                size = min(_BLOCK_MAX_BYTES, at - self.start)
+                block = self._get(at - size, size)
                 found = block.count(b"\n")
                 if found >= wanted:
                     return at - len(block.split(b"\n", found - wanted + 1)[-1])
-                at, wanted = at - len(block), wanted - found
+                at, wanted = at - size, wanted - found
             return at
 
 
 class _Replay(Run):
-    """A viewer of a transcript, from an offset to its end, or to the offset `stop`. Stopping it ends only the viewing."""
+    """A viewer of a transcript, from an offset to its end, or to the offset `stop`. A stop ends only the viewing."""
 
     def __init__(
-        self, transcript: Transcript, offset: int, settings: Settings, release: _Release, stop: float = math.inf
+        self,
+        transcript: Transcript,
+        offset: int,
+        release: _Release,
+        stop: float = math.inf,
+        wants: Callable[[str], bool] | None = None,
     ) -> None:
-        super().__init__("a replay", dataclasses.replace(settings, max_output_bytes=0), None, release)
-        self._transcript, self._offset, self._stop = transcript, offset, stop
-        self.wants: Callable[[str], bool] = lambda stream: True
-        self.is_whole = False  # whether it has all that was asked for at `stop`, and so ends like a run of its own
-        self.outputs[self.bell.descriptor] = "stdout"
+        super().__init__("a replay", Settings(), None)
+        self._held.callback(release)
+        self._transcript, self._offset, self._stop, self._wants = transcript, offset, stop, wants
+        self.outputs[self.bell.descriptor] = "stdout", io.BytesIO()
         self.bell.ring()
 
     def _take(self, descriptor: int, size: int) -> bytes:
-        transcript = self._transcript
-        at, stream, data = transcript.read(self._offset, size, self._stop)
-        self.skipped_bytes += max(0, at - self._offset)
-        self._offset = at + len(data)
-        if not data and self._offset < self._stop:
-            if transcript.wait(self, self._offset) or transcript.end > self._offset:
-                raise BlockingIOError
-        if data and not self.wants(stream):
+        at, stream, data = self._transcript.read(self._offset, size, self._stop, self.bell)
+        self.skipped_bytes, self._offset = at - self._offset, at + len(data)
+        if not (data or self.skipped_bytes):
+            self._note_exit(0)
+        elif not data or (self._wants and not self._wants(stream)):
             raise BlockingIOError
         self.stream = "stderr" if stream == "stderr" else "stdout"
-        if not data:
-            self.exit_code = 0
         return data
 
     def _signal(self, number: int) -> None:
-        self.exit_code, self._is_drained = 0, True
-
-    def _finish(self) -> None:
-        self.seconds = monotonic() - self.started
-        self._transcript.forget_reader(self)
-        super()._finish()
+        self._note_exit(0)
+        self._is_drained = True
 
     @property
     def outcome(self) -> Outcome:
         """How the run has ended, if this goes to its end."""
         outcome = self._transcript.outcome
         if self.reason or outcome is None or self._offset >= self._stop:
-            return Outcome(0, self.reason, self.seconds, is_final=self.is_whole or bool(self.reason))
+            return super().outcome._replace(is_final=bool(self.reason or self._wants))  # a log has no other end
         return outcome
 
 
@@ -3759,19 +3655,16 @@ def _open_transcript(settings: Settings, size: int) -> Transcript:
         _files.add(file)
         return Transcript(size, file)
     except OSError as error:
-        what = (
-            f"cannot keep a transcript in {folder!r} ({error.strerror}): make room, or set another with --transcripts"
-        )
-        raise Error(what, 503, {"Retry-After": "1"}) from None
+        raise _busy(
+            f"cannot keep a transcript in {folder!r} ({error.strerror})", "make room, or set another with --transcripts"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------
 # insight: the log, the log levels and the stacks of the program that embeds this module
 
 _LOG_BYTES = 1 << 20  # that a viewer may be behind
-_GATHER_SECONDS = 0.01
 _RECORD_CHARACTERS = 64 * 1024  # the rest of a longer record is cut off
-_RECORD_START = re.compile(rb"(?m)^[0-9]{4}-[0-9-]{5}T")
 
 
 def _own_commands() -> Mapping[str, _Commands]:
@@ -3786,13 +3679,13 @@ def _own_commands() -> Mapping[str, _Commands]:
 
 
 def _record_text(record: LogRecord) -> str:
-    """A record's message and traceback. (A Formatter would leave its traceback in the record, for all others to use.)"""
+    """A record's message and traceback. (A Formatter would leave its traceback in the record, for all to use.)"""
     try:
         text = record.getMessage()
     except Exception as error:  # arguments that do not fit the message; the program's own handlers report where
         text = f"{record.msg!r} cannot be formatted: {error!r}"
     if record.exc_info and record.exc_info[0]:
-        text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
+        text = f"{text}\n{''.join(traceback.format_exception(*record.exc_info)).rstrip()}"
     return (f"{text}\n{record.stack_info}" if record.stack_info else text)[:_RECORD_CHARACTERS]
 
 
@@ -3816,37 +3709,32 @@ class _ProgramLog(logging.Handler):
         except Exception:
             self.handleError(record)
         # If the program has no handler, warnings still go to stderr, which logging no longer does with ours there.
-        last, logger = logging.lastResort, Logger.manager.loggerDict.get(record.name, logging.root)
-        handlers = set()
-        while isinstance(logger, Logger):
-            handlers |= set(logger.handlers)
-            logger = logger.parent if logger.propagate else None  # type: ignore[assignment]
+        last, handlers = logging.lastResort, {one for logger in _loggers(record.name) for one in logger.handlers}
         if last and record.levelno >= last.level and handlers == {self}:
             last.handle(record)
         return True
 
     def emit(self, record: LogRecord) -> None:
-        line, task = f"{record.levelname} {record.name}: {_record_text(record)}\n", _task.get()
+        line = f"{record.levelname} {record.name}: {_record_text(record)}\n".encode(errors="backslashreplace")
+        task = _task.get()
         if task is not None:
             with suppress(OSError):
-                task.write(line.encode(errors="backslashreplace"))
+                task.write(line)
         with self.lock:  # type: ignore[union-attr]
             if self.transcript:  # its streams are level and logger, for viewers to choose by
-                line = f"{_timestamp(record.created)} {line}"
-                self.transcript.write(f"{record.levelno} {record.name}", line.encode(errors="backslashreplace"), True)
-                if not self._is_gathering and self.transcript.is_awaited:
-                    self._is_gathering = True
+                line = f"{_timestamp(record.created)} ".encode() + line
+                self.transcript.write(f"{record.levelno} {record.name}", line)
+                if self.transcript.waiting and not self._is_gathering:
                     Thread(target=self._gather, daemon=True, name="streamlog-log").start()
+                    self._is_gathering = True
 
     def _gather(self) -> None:
         """Wake viewers a hundred times a second at most: more often, they would slow down the threads that log."""
-        while self._is_gathering:
-            time.sleep(_GATHER_SECONDS)
-            with self.lock:  # type: ignore[union-attr]
-                transcript = self.transcript
-                self._is_gathering = transcript is not None and transcript.is_awaited
-            if transcript:
-                transcript.wake()
+        time.sleep(0.01)
+        with self.lock:  # type: ignore[union-attr]
+            transcript, self._is_gathering = self.transcript, False
+        if transcript:
+            transcript.wake()
 
     def let_go(self) -> None:
         """Begin anew in a forked process: a thread that is not in it may hold the lock of the transcript."""
@@ -3855,7 +3743,7 @@ class _ProgramLog(logging.Handler):
             self.transcript = Transcript(self.transcript.size)
 
     @contextmanager
-    def standing(self, place: Logger = logging.root, keep_bytes: int = 0) -> Iterator[None]:
+    def standing(self, place: Logger = logging.root, keep_bytes: int = 0) -> Iterator[Transcript | None]:
         """Be a handler of a logger meanwhile, and keep so many bytes of the newest records."""
         stand = (place, keep_bytes)
         with self.lock:  # type: ignore[union-attr]
@@ -3864,7 +3752,7 @@ class _ProgramLog(logging.Handler):
             if keep_bytes and not self.transcript:
                 self.transcript = Transcript(max(keep_bytes, _LOG_BYTES))
         try:
-            yield
+            yield self.transcript
         finally:
             with self.lock:  # type: ignore[union-attr]
                 self._stands.remove(stand)
@@ -3887,43 +3775,34 @@ def _follow_log(tail: int = 10, level: str = "", logger: str = "", follow: Liter
         is_below = not logger or f"{name}.".startswith(f"{logger}.")
         return is_below and int(number) >= least and (name != _log.name or logger == _log.name)
 
-    place = _find_logger(logger)
-    while place.propagate and place.parent:
-        place = place.parent
+    *_, place = _loggers(logger)
 
     def make(settings: Settings, timeout: float | None, release: _Release) -> Run:
         with ExitStack() as stack:
             stack.callback(release)
-            stack.enter_context(_program_log.standing(place, _LOG_BYTES))
-            transcript = _program_log.transcript
+            transcript = stack.enter_context(_program_log.standing(place, _LOG_BYTES))
             assert transcript
             starts, at, end = collections.deque[int](maxlen=max(0, tail)), transcript.start, transcript.end
             while at < end:
                 at, stream, data = transcript.read(at, transcript.size, end)
                 if wants(stream):
-                    starts.extend(at + match.start() for match in re.finditer(_RECORD_START, data))
+                    starts.extend(at + match.start() for match in re.finditer(rb"(?m)^[0-9]{4}-[0-9-]{5}T", data))
                 at += len(data)
-            view = _Replay(
-                transcript,
-                min(starts, default=end),
-                settings,
-                stack.pop_all().close,
-                math.inf if follow else end,
-            )
-            view.wants, view.is_whole = wants, True
-            return view
+            offset, stop = min(starts, default=end), math.inf if follow else end
+            return _Replay(transcript, offset, stack.pop_all().close, stop, wants)
 
     return make
 
 
-def _find_logger(name: str) -> Logger:
-    """The logger of a name, or else the nearest above it. (logging.getLogger would create it.)"""
-    while name:
-        found = Logger.manager.loggerDict.get(name)
-        if isinstance(found, Logger):
-            return found
+def _loggers(name: str) -> Iterator[Logger]:
+    """The logger of a name, or else the nearest above it, and then those that it passes records on to."""
+    there = Logger.manager.loggerDict  # logging.getLogger would create a logger, and takes a lock
+    while name and not isinstance(there.get(name), Logger):
         name = name.rpartition(".")[0]
-    return logging.root
+    logger: Any = there.get(name, logging.root)
+    while logger:
+        yield logger
+        logger = logger.parent if logger.propagate else None
 
 
 def _read_level(text: str) -> int:
@@ -3943,16 +3822,16 @@ def _show_levels(logger: str = "") -> str:
     if logger and logger != "root" and logger not in there:
         raise Error(f"there is no logger {logger[:200]!r} (yet)", 404)
     own = sorted(name for name, found in there.copy().items() if isinstance(found, Logger) and found.level)
-    levels = [(name, _find_logger(name).getEffectiveLevel()) for name in ([logger] if logger else ["root", *own])]
-    return "".join(f"{name} {logging.getLevelName(level)}\n" for name, level in levels)
+    names = [logger] if logger else ["root", *own]
+    return "".join(f"{name} {logging.getLevelName(next(_loggers(name)).getEffectiveLevel())}\n" for name in names)
 
 
 def _set_level(level: str, logger: str = "root") -> str:
     """Set the level of a logger; NOTSET makes it take that of the one above (GET shows the levels)"""
     number = _read_level(level)
     shown = _show_levels(logger)  # it refuses a logger that is not there
-    logging.getLogger(logger if logger != "root" else None).setLevel(number)
-    return shown.partition(" ")[0] + " set to " + logging.getLevelName(number) + "\n"
+    logging.getLogger(logger).setLevel(number)
+    return f"{shown.partition(' ')[0]} set to {logging.getLevelName(number)}\n"
 
 
 def _show_stacks() -> str:
@@ -3960,7 +3839,7 @@ def _show_stacks() -> str:
     names = {thread.ident: thread.name + " (daemon)" * thread.daemon for thread in threading.enumerate()}
     stacks = sorted(sys._current_frames().items(), key=lambda item: item[0] != threading.main_thread().ident)
     return "\n".join(
-        f"{names.get(ident, '(not started by threading)')}, thread {ident}\n" + "".join(traceback.format_stack(frame))
+        f"{names.get(ident, '(not started by threading)')}, thread {ident}\n{''.join(traceback.format_stack(frame))}"
         for ident, frame in stacks
     )
 

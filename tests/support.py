@@ -283,7 +283,7 @@ class ServerCase(unittest.TestCase):
             lines = client.read_answer().body.decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == sample)
 
-    def active(self, server: streamlog.Server, name: str) -> float:
+    def active_runs(self, server: streamlog.Server, name: str) -> float:
         """How many runs of a command go on."""
         return self.metric(server, f'streamlog_runs_active{{command="{name}"}}')
 

@@ -181,6 +181,7 @@ class Bounds(ServerCase):
             wait_until(lambda: logged.output, "it is logged", 5)
         self.assertIn('end="client stalled"', logged.output[0])
 
+
 class Attacks(ServerCase):
     """The server is a process of its own, and is watched while it is under attack."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import enum
@@ -150,12 +151,16 @@ class Starting(EmbeddingCase):
 
     def run_script(self, script: str) -> str:
         """Run a program to its end; what it prints."""
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        done = subprocess.run(
-            [sys.executable, "-c", FORKING + script], cwd=ROOT, text=True, timeout=40, check=False, **pipes
-        )
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        return done.stdout
+        command = [sys.executable, "-c", FORKING + script]
+        program = subprocess.Popen(command, cwd=ROOT, text=True, stdin=-3, stdout=-1, stderr=-1, start_new_session=True)
+        try:
+            out, err = program.communicate(timeout=40)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, 9)  # with its forks
+            program.communicate()
+        self.assertEqual((program.returncode, err), (0, ""))
+        return out
 
     def test_a_fork_that_leaves_the_block_of_a_server_ends(self) -> None:
         said = self.run_script(
@@ -232,7 +237,7 @@ class Starting(EmbeddingCase):
             "run = streamlog.stream('sleep 300')\n"
             "reader = threading.Thread(target=list, args=(run,)); reader.start(); time.sleep(0.2)\n"
             "pid = os.fork()\n"
-            "if not pid: del run\n"
+            "if not pid: run.close()\n"
             "else:\n"
             "    print(wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0]), run.exit_code)\n"
             "    run.close(); reader.join(); print(run.exit_code)\n"

@@ -412,7 +412,7 @@ class Index(ServerCase):
         self.assertIn('<form action="logs" method="get" target="view">', page)
         self.assertIn('<input type="number" name="lines" value="100" title="must be int" required>', page)
         self.assertIn('<select name="file"><option>syslog</option>', page)
-        self.assertIn('<input type="text" name="unit" title="must be word (letters, digits', page)
+        self.assertRegex(page, r'<input type="text" name="unit"( value="")? title="must be word \(letters, digits')
         self.assertNotIn("<script", page)
 
     def test_the_lines_that_are_printed_can_be_run(self) -> None:
@@ -718,7 +718,7 @@ class Limits(ServerCase):
             second.get("/y")
             second.read_head()
             self.assertIn(b"2 of 2 runs are going on", self.fetch(server, "/y").body)
-        wait_until(lambda: not self.active(server, "x") + self.active(server, "y"), "the slots are free")
+        wait_until(lambda: not self.active_runs(server, "x") + self.active_runs(server, "y"), "the slots are free")
         with self.connect(server) as third:
             third.get("/x")
             self.assertEqual(third.read_head()[0], 200)
@@ -794,7 +794,7 @@ class Limits(ServerCase):
                     answered += client.read_answer()[::4] == (200, True)
                 rival.join()
                 client.sock.close()
-            wait_until(lambda: not self.active(server, "x"), "all is over")
+            wait_until(lambda: not self.active_runs(server, "x"), "all is over")
         self.assertEqual(mark.read_text().count("x"), answered)
 
     def test_a_thread_that_cannot_start_costs_its_connection_only(self) -> None:
@@ -831,7 +831,7 @@ class Limits(ServerCase):
                 self.assertFalse(self.fetch(server, "/x").is_whole)
                 wait_until(lambda: self.has_no_clients(server), "it is gone")
         self.assertIn("ZeroDivisionError", logged.output[0])
-        self.assertEqual(self.active(server, "x"), 0)
+        self.assertEqual(self.active_runs(server, "x"), 0)
 
     def test_a_bug_right_after_a_start_leaves_no_run(self) -> None:
         server = self.serve({"x": "sleep 300"})
@@ -841,7 +841,7 @@ class Limits(ServerCase):
                 self.assertRaises(EOFError, self.fetch, server, "/x")
                 wait_until(lambda logged=logged: "ERROR" in str(logged.output), "the bug is logged", 2)  # type: ignore[misc]
             self.assertLessEqual(children(), before, target)
-            self.assertEqual(self.active(server, "x"), 0)
+            self.assertEqual(self.active_runs(server, "x"), 0)
 
     def test_a_header_is_never_broken_out_of(self) -> None:
         access = streamlog.Access(streamlog.Settings(), streamlog.Reach.LOOPBACK)
