@@ -193,7 +193,7 @@ _FILE = _Rule(str, bool, "the name of a file")
 _SECONDS = _Rule(float, lambda seconds: 0 <= seconds < 1e9, "a number of seconds, 0 or more")
 _COUNT = _Rule(int, range(1_000_000).__contains__, "a whole number")
 _COUNT_1 = _Rule(int, range(1, 1_000_000).__contains__, "a whole number above 0")
-_PORT = _Rule(int, range(65536).__contains__, "a port, 0 to 65535")
+_PORT = _Rule(int, range(65536).__contains__, "a port from 0 to 65535")
 _SIZE = _Rule(_read_size, lambda size: size >= 0, "a number of bytes, or of K, M, G or T of them")
 _TERMINAL = _Rule(
     lambda text: tuple(map(int, text.lower().split("x"))),
@@ -2026,7 +2026,8 @@ def _read_signature(task: _Function, parameters: dict[str, Parameter]) -> Iterat
         if typing.get_origin(annotation) is Literal:
             choices = {str(value): value for value in typing.get_args(annotation)}
         elif isinstance(annotation, enum.EnumMeta):
-            choices = {member.value if isinstance(member.value, str) else member.name: member for member in annotation}
+            members: Any = annotation
+            choices = {one.value if isinstance(one.value, str) else one.name: one for one in members}
         elif annotation not in (str, int):
             raise ConfigError(
                 f"parameter {name!r} of a task must be a str, an int, a Literal or an Enum: {annotation!r}"
@@ -2341,17 +2342,21 @@ class _Runs:
             self.active[entry.id] = entry
             self._counts[f'runs_active{{command="{entry.name}"}}'] += 0  # shown from now on
         release = partial(self.active.pop, entry.id, None)
+        run = None
         try:
             run = entry.run = make(settings, settings.timeout_seconds if timeout is None else timeout, release)
+            if _log.isEnabledFor(logging.DEBUG):
+                line = f"{run.line} {entry.values}".encode(errors="replace")
+                _log.debug("started %s as %s: %s", entry.name, run, _printable(line))
+            return run
         except BaseException as error:
+            if run:
+                run.close()
             release()
             self._counts[f'runs_total{{command="{entry.name}",outcome="not_started"}}'] += 1
             if isinstance(error, (OSError, RuntimeError)):
                 raise _shortage(error) from None
             raise
-        if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("started %s as %s: %s", entry.name, run, _printable(str(run.line).encode(errors="replace")))
-        return run
 
     def keep(self, entry: _Entry, make: _Maker) -> None:
         """Start a run that outlives its client. Raises Error."""

@@ -161,8 +161,11 @@ class Raw:
 
     def read_head(self) -> tuple[int, dict[str, str]]:
         first, *lines = self.read_until(b"\r\n\r\n").decode("latin-1").split("\r\n")
-        fields = (line.partition(": ") for line in lines if line)
-        return int(first.split()[1]), {name.lower(): value for name, _, value in fields}
+        headers: dict[str, str] = {}
+        for line in filter(None, lines):
+            name, _, value = line.partition(": ")
+            headers[name.lower()] = f"{headers[name.lower()]}, {value}" if name.lower() in headers else value
+        return int(first.split()[1]), headers
 
     def read_chunk(self) -> Optional[bytes]:
         """A chunk; None for the final one, whose trailers are left to read."""

@@ -290,7 +290,7 @@ class HtmlFormat(unittest.TestCase):
             ("103", "color:var(--page);background:var(--c11)"),
             ("38;5;9", "color:var(--c9)"),
             ("38;5;208", "color:#ff8700"),
-            ("48;5;255", "color:var(--page);background:#eeeeee"),
+            ("48;5;255", "color:#000;background:#eeeeee"),
             ("38;2;1;2;300", "color:#0102ff"),
             ("1", "font-weight:bold"),
             ("2", "opacity:.7"),
@@ -304,6 +304,7 @@ class HtmlFormat(unittest.TestCase):
             ("31;44", "color:var(--page);background:var(--c4)"),
             ("38;2;1;2;3;44", "color:#010203;background:var(--c4)"),
             ("58;5;1;3", "font-style:italic"),
+            ("31;4:0", "color:var(--c1)"),
             ("58;2;1;2;3;1", "font-weight:bold"),
             ("1;31", "color:var(--c1);font-weight:bold"),
             ("1;31;22;39;4", "text-decoration:underline"),
@@ -329,7 +330,6 @@ class HtmlFormat(unittest.TestCase):
             "38:",
             "38:2::1:2:3",
             "38:2:0:1:2:3",
-            "31;4:0",
         ):
             self.assertEqual(self.page(("stdout", f"\x1b[{sequence}mb\n".encode())).styles, [], sequence)
 

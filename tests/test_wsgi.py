@@ -192,7 +192,7 @@ class Wsgi(WsgiCase):
         )
 
     def test_settings_of_a_socket_are_refused(self) -> None:
-        with self.assertRaisesRegex(ConfigError, "the setting 'port' is that of the server"):
+        with self.assertRaisesRegex(ConfigError, "the setting 'port' belongs to the server"):
             streamlog.wsgi({}, port=80)
 
     def test_a_server_that_refuses_the_head_leaves_no_run(self) -> None:
@@ -200,7 +200,7 @@ class Wsgi(WsgiCase):
         environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/x", "HTTP_HOST": "localhost", "wsgi.url_scheme": "http"}
         with self.assertRaises(OSError):
             self.app(environ, mock.Mock(side_effect=OSError))
-        self.assertFalse(any(self.app._site._runs.values()))
+        self.assertFalse(any(self.app._site.runs.active.values()))
 
     def test_the_log_is_there_too(self) -> None:
         port = self.mount({}, insight=True, log=1000)
