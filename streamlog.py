@@ -54,7 +54,7 @@ for developers:
                           a file, where _poll waits; _Handler reads a request and sends the answer
     requests              bytes to a Request, strictly
     access                Access checks Host, Origin and token
-    site                  Site turns a Request into a Reply, and knows all runs (_Runs)
+    site                  Site turns a Request into a Reply; _Entry is a run as it lists it
     commands              Command puts the values of a URL in their places
     runs                  Run: a Process, a Task or a _Replay, with output to poll and read
     formats               Text, Html, Sse, Ndjson: output to bytes; then wfile.write sends them
@@ -452,27 +452,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._evict()
         _poll({self.closing.descriptor: POLLIN}, monotonic() + 0.1)
 
-    @contextmanager
-    def idling(self, client: _Connection) -> Iterator[None]:
-        """Let the client's place be taken for another meanwhile. Raises _Gone if it was."""
-        self._idle[client] = None
-        try:
-            yield
-        finally:
-            is_evicted = client not in self._idle
-            self._idle.pop(client, None)
-        if is_evicted:
-            raise _Gone(_CLIENT_GONE)
-
-    def _evict(self) -> bool:
-        """Close the connection that has been idle for longest; False if none is idle."""
-        with suppress(StopIteration, RuntimeError, KeyError, OSError):
-            client = next(iter(self._idle))
-            del self._idle[client]
-            client.sock.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
-            return True
-        return False
-
     def replace(self, commands: _Commands) -> None:
         """Serve these commands from now on, and read the certificate again. On a ConfigError nothing changes."""
         if self._tls_context is not None:
@@ -526,6 +505,27 @@ class Server(http.server.ThreadingHTTPServer):
         with self._changed:
             are_gone = self._changed.wait_for(lambda: not self._clients, seconds)
         return self.site.runs.join(deadline) and are_gone
+
+    @contextmanager
+    def idling(self, client: _Connection) -> Iterator[None]:
+        """Let the client's place be taken for another meanwhile. Raises _Gone if it was."""
+        self._idle[client] = None
+        try:
+            yield
+        finally:
+            is_evicted = client not in self._idle
+            self._idle.pop(client, None)
+        if is_evicted:
+            raise _Gone(_CLIENT_GONE)
+
+    def _evict(self) -> bool:
+        """Close the connection that has been idle for longest; False if none is idle."""
+        with suppress(StopIteration, RuntimeError, KeyError, OSError):
+            client = next(iter(self._idle))
+            del self._idle[client]
+            client.sock.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
+            return True
+        return False
 
 
 def _find_address(bind: str, port: int) -> tuple[int, Any]:
@@ -1145,6 +1145,8 @@ def _unquote(text: str) -> str:
 
 def _split_list(value: str) -> list[str]:
     """The items of a header that is a list, in lower case (RFC 9110 section 5.6.1)."""
+    if not value:
+        return []
     return [item.strip(" \t") for item in value.lower().split(",")]  # a pattern would take quadratic time for blanks
 
 
@@ -1687,6 +1689,81 @@ def _find_start(transcript: Transcript, request: Request, given: _Texts) -> int:
     return transcript.find_tail(int(given["tail"])) if "tail" in given else 0
 
 
+class _Entry:
+    """A run as the site lists it. A kept run has a transcript, and a thread that writes it."""
+
+    run: Run
+    transcript: Transcript
+    thread: Thread | None = None
+
+    def __init__(self, name: str, command: Command, given: _Texts) -> None:
+        self.id = secrets.token_urlsafe(16)
+        self.name = name
+        self.command = command
+        self.values = {**command.defaults, **given}
+        self.key: object = None  # what a request must have in common with the run to share it
+        self.started_at = time.time()
+        self.ended = 0.0  # monotonic() of the end of a kept run
+        self.linger_seconds = math.inf  # how long the run goes on after its last viewer has left
+        self.viewers = 0
+        self._lock = Lock()  # guards the viewers
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"{name}={value}" for name, value in self.values.items())])
+
+    @property
+    def note(self) -> str:
+        """The state, for people."""
+        return self.transcript.outcome.note if self.transcript.outcome else "running"
+
+    @property
+    def state(self) -> dict[str, object]:
+        """The state, for JSON. Times are RFC 3339, sizes are bytes."""
+        transcript, outcome = self.transcript, self.transcript.outcome
+        seconds = outcome.seconds if outcome else monotonic() - self.run.started
+        return {
+            "id": self.id,
+            "command": self.name,
+            "values": self.values,
+            "state": "ended" if outcome else "running",
+            "started": _timestamp(self.started_at),
+            "ended": outcome and _timestamp(self.started_at + seconds),
+            "seconds": round(seconds, 3),
+            "exit_code": outcome and outcome.exit_code,
+            "signal": outcome and outcome.signal,
+            "reason": outcome and (outcome.reason or "exit"),
+            "bytes": transcript.end,
+            "first_byte": transcript.start,
+        }
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a viewer may still join the run. Standard input is served even when it has ended."""
+        return self.command.is_source or not (self.run.reason or self.ended)
+
+    def view(self, offset: int, stop: float = math.inf) -> _Replay:
+        """A run that replays this one from an offset, and follows it to its end or to the offset `stop`."""
+        self.enter()
+        return _Replay(self.transcript, offset, self.leave, stop)
+
+    def enter(self) -> None:
+        """Count a viewer. `leave` must follow."""
+        with self._lock:
+            self.viewers += 1
+
+    def leave(self) -> None:
+        """Count a viewer that has left. Without another one, the run is stopped after a while."""
+        with self._lock:
+            self.viewers -= 1
+        self.run.later(self.linger_seconds, self._check_viewers)
+        self.run.bell.ring()
+
+    def _check_viewers(self) -> None:
+        with self._lock:  # a viewer that enters either prevents the stop, or finds that the run is ending
+            if not self.viewers:
+                self.run.stop("it has no viewer any more")
+
+
 # ---------------------------------------------------------------------------------------------
 # commands: what may run, and how values from a URL get into their places. No I/O except for the commands file
 
@@ -1967,7 +2044,7 @@ class Command:
         """
         if self.is_source:
             return Launch(["cat"], self._environment, None, "merge", "own")
-        bound: dict[str, Any] = {**self.defaults, **values}
+        bound: dict[str, Any] = {key: values.get(key, default) for key, default in self.defaults.items()}
         for key, value in bound.items():
             if value is None:
                 raise Error(f"parameter {key!r} of {name!r} is required: give it as {key}=...")
@@ -2229,81 +2306,6 @@ class Outcome(NamedTuple):
         return f"[{end}, {self.seconds:.1f} s]" if self.is_final else "[not the end]"
 
 
-class _Entry:
-    """A run as the site lists it. A kept run has a transcript, and a thread that writes it."""
-
-    run: Run
-    transcript: Transcript
-    thread: Thread | None = None
-
-    def __init__(self, name: str, command: Command, given: _Texts) -> None:
-        self.id = secrets.token_urlsafe(16)
-        self.name = name
-        self.command = command
-        self.values = {**command.defaults, **given}
-        self.key: object = None  # what a request must have in common with the run to share it
-        self.started_at = time.time()
-        self.ended = 0.0  # monotonic() of the end of a kept run
-        self.linger_seconds = math.inf  # how long the run goes on after its last viewer has left
-        self.viewers = 0
-        self._lock = Lock()  # guards the viewers
-
-    def __str__(self) -> str:
-        return " ".join([self.name, *(f"{name}={value}" for name, value in self.values.items())])
-
-    @property
-    def note(self) -> str:
-        """The state, for people."""
-        return self.transcript.outcome.note if self.transcript.outcome else "running"
-
-    @property
-    def state(self) -> dict[str, object]:
-        """The state, for JSON. Times are RFC 3339, sizes are bytes."""
-        transcript, outcome = self.transcript, self.transcript.outcome
-        seconds = outcome.seconds if outcome else monotonic() - self.run.started
-        return {
-            "id": self.id,
-            "command": self.name,
-            "values": self.values,
-            "state": "ended" if outcome else "running",
-            "started": _timestamp(self.started_at),
-            "ended": outcome and _timestamp(self.started_at + seconds),
-            "seconds": round(seconds, 3),
-            "exit_code": outcome and outcome.exit_code,
-            "signal": outcome and outcome.signal,
-            "reason": outcome and (outcome.reason or "exit"),
-            "bytes": transcript.end,
-            "first_byte": transcript.start,
-        }
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether a viewer may still join the run. Standard input is served even when it has ended."""
-        return self.command.is_source or not (self.run.reason or self.ended)
-
-    def view(self, offset: int, stop: float = math.inf) -> _Replay:
-        """A run that replays this one from an offset, and follows it to its end or to the offset `stop`."""
-        self.enter()
-        return _Replay(self.transcript, offset, self.leave, stop)
-
-    def enter(self) -> None:
-        """Count a viewer. `leave` must follow."""
-        with self._lock:
-            self.viewers += 1
-
-    def leave(self) -> None:
-        """Count a viewer that has left. Without another one, the run is stopped after a while."""
-        with self._lock:
-            self.viewers -= 1
-        self.run.later(self.linger_seconds, self._check_viewers)
-        self.run.bell.ring()
-
-    def _check_viewers(self) -> None:
-        with self._lock:  # a viewer that enters either prevents the stop, or finds that the run is ending
-            if not self.viewers:
-                self.run.stop("it has no viewer any more")
-
-
 # The series of /-/metrics: name, type and description.
 _METRICS = """\
 runs_total counter Runs that have ended.
@@ -2455,13 +2457,6 @@ class _Runs:
                     free += entry.transcript.room
             return free
 
-    def count_end(self, name: str, outcome: Outcome, sent_bytes: int) -> None:
-        """Count a run that has ended."""
-        with self._lock:
-            self._counts[f'runs_total{{command="{name}",outcome="{outcome.kind}"}}'] += 1
-            self._counts[f'output_bytes_total{{command="{name}"}}'] += sent_bytes
-            self._counts[f'run_seconds_total{{command="{name}"}}'] += outcome.seconds
-
     def metrics(self, client_count: int) -> str:
         """The counts in Prometheus' text format (version 0.0.4)."""
         with self._lock:
@@ -2492,6 +2487,13 @@ class _Runs:
     def close(self) -> None:
         """Drop all transcripts."""
         self._kept.clear()
+
+    def count_end(self, name: str, outcome: Outcome, sent_bytes: int) -> None:
+        """Count a run that has ended."""
+        with self._lock:
+            self._counts[f'runs_total{{command="{name}",outcome="{outcome.kind}"}}'] += 1
+            self._counts[f'output_bytes_total{{command="{name}"}}'] += sent_bytes
+            self._counts[f'run_seconds_total{{command="{name}"}}'] += outcome.seconds
 
 
 @contextmanager
@@ -2600,7 +2602,9 @@ class Run:
             self.bell.silence()
             self._look_for_exit()
         self._look_after()
-        return {descriptor: events for descriptor, events in ready.items() if descriptor not in own}
+        for descriptor in own & ready.keys():
+            del ready[descriptor]
+        return ready
 
     def later(self, seconds: float, action: Callable[[], object]) -> None:
         """Have the thread that owns the run do something, unless all of the run is gone by then."""
@@ -4498,23 +4502,14 @@ def _serve(server: Server, commands: _Commands, options: _Flags) -> None:
         datefmt="%Y-%m-%dT%H:%M:%S%z",
         level=logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO,
     )
-    can_reload = (options.config or options.tls_cert) and not _has_terminal()
-    handled = {signal.SIGINT, signal.SIGTERM}
-    if can_reload or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        handled.add(signal.SIGHUP)
+    can_reload = bool(options.config or options.tls_cert) and not _has_terminal()
     # A thread that waits for the interpreter's lock asks for it at this interval. At the usual 5 ms, two thousand
     # clients that leave at once keep two processors busy with nothing else for seconds.
     sys.setswitchinterval(0.05)
-    signals = _Bell()
+    signals, handled = _take_signals(can_reload)
     watched = {signals.descriptor: POLLIN}
     if sys.argv[0] in ("", "-"):  # the program came by standard input, as over ssh: end when stderr has no reader
         watched[2] = 0  # poll reports a hang-up unasked
-    signal.set_wakeup_fd(signals.writing_descriptor, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would lose every exit code (wait(2))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
-    for one in handled:  # commands would inherit an ignored signal, but not a handler
-        signal.signal(one, lambda *_: None)
-
     ended = threading.Event()  # not thread.is_alive(): the thread lives a moment longer than its ring
 
     def run() -> None:
@@ -4547,6 +4542,19 @@ def _serve(server: Server, commands: _Commands, options: _Flags) -> None:
             signal.signal(one, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         signals.close()
+
+
+def _take_signals(can_reload: bool) -> tuple[_Bell, set[int]]:
+    """Have the numbers of signals written into a bell. Returns it, and the signals."""
+    signals, handled = _Bell(), {signal.SIGINT, signal.SIGTERM}
+    if can_reload or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        handled.add(signal.SIGHUP)
+    signal.set_wakeup_fd(signals.writing_descriptor, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would lose every exit code (wait(2))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+    for one in handled:  # commands would inherit an ignored signal, but not a handler
+        signal.signal(one, lambda *_: None)
+    return signals, set(handled)
 
 
 def _announce(server: Server, commands: _Commands, is_quiet: bool) -> None:

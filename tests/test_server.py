@@ -1064,7 +1064,7 @@ class Closings(ServerCase):
 
 
 class Load(ServerCase):
-    def test_a_hundred_commands_at_once_start_within_three_seconds_on_busy_processors(self) -> None:
+    def test_a_hundred_commands_at_once_take_less_than_three_seconds_where_all_processors_are_busy(self) -> None:
         for _ in range(os.cpu_count() or 1):
             busy = subprocess.Popen([sys.executable, "-uc", "print()\nwhile True: pass"], stdout=subprocess.PIPE)
             assert busy.stdout
@@ -1072,13 +1072,19 @@ class Load(ServerCase):
                 self.addCleanup(close)
             busy.stdout.readline()
         with streamlog.start({"x": "echo {n:int}"}, port=0, max_runs=100, insight=False) as server:
-            clients = [self.connect(server) for _ in range(100)]
+            # The median, as others may be at work. A server whose threads jostle for the interpreter takes 4 to 40 s.
+            self.assertLess(sorted(self.run_a_hundred(server) for _ in range(3))[1], 3)
+
+    def run_a_hundred(self, server: streamlog.Server) -> float:
+        """Ask for a hundred runs at the same moment. Returns the seconds until all are answered."""
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(self.connect(server)) for _ in range(100)]
             started = time.monotonic()
             for number, client in enumerate(clients):
                 client.get(f"/x?n={number}")
             for number, client in enumerate(clients):
                 self.assertEqual(client.read_answer().body, b"%d\n" % number)
-            self.assertLess(time.monotonic() - started, 3)
+            return time.monotonic() - started
 
 
 class Soak(ServerCase):
