@@ -116,10 +116,11 @@ import traceback
 import typing
 import urllib.parse
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from logging import Logger, LogRecord
 from select import POLLIN, POLLOUT
 from threading import Condition, Lock, RLock, Thread
@@ -271,7 +272,6 @@ class Settings:
 # ---------------------------------------------------------------------------------------------
 # server: the listener, a client's connection, and the handler that reads requests from it and sends the answers
 
-_WARN_SECONDS = 60.0
 _DESCRIPTORS_MAX = 65536  # one machine has no use for more threads than this
 _RUN_DESCRIPTORS = 6  # of a run: its outputs, its bell, its exit, and the transcript and watchdog of a kept one
 _BUSY_ANSWER = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -302,19 +302,11 @@ class Server(http.server.ThreadingHTTPServer):
         settings: Settings = Settings(),
         listener: Optional[socket.socket] = None,
     ) -> None:
-        if listener is None:
-            self.address_family, address = _find_address(settings.bind, settings.port)
-        else:
-            self.address_family, address = listener.family, listener.getsockname()
-        self.reach = _find_reach(self.address_family, address)
-        if self.reach is Reach.NETWORK and not settings.token and not settings.no_auth:
-            raise ConfigError(
-                f"other machines can reach {address[0]} and could run every command: set a token (STREAMLOG_TOKEN or "
-                "--token-file), bind (or ListenStream=) 127.0.0.1 and connect through ssh -L, or allow it by --no-auth"
-            )
+        self.address_family, address, self.reach = _find_address(settings, listener)
+        self.tls_context = _make_tls_context(settings)
         self.settings = settings
         self.socket_path = os.fsdecode(address) if self.reach is Reach.UNIX else ""
-        self.port, self.url = 0, f"unix:{self.socket_path}"  # of a unix socket; `_open` knows those of others
+        self.port, self.url = 0, f"unix:{self.socket_path}"  # others are known once they are bound
         self._made_socket: os.stat_result | None = None  # the socket's file, if it is ours to remove
         self.is_closing = False
         self.closing = _Bell()  # every thread polls it beside its own work
@@ -322,47 +314,44 @@ class Server(http.server.ThreadingHTTPServer):
         self._owner = os.getpid()
         self._changed = Condition()  # guards the clients
         self._clients: set[_Connection] = set()
-        self._idle: dict[_Connection, None] = {}  # the clients without a request, the longest idle first
         self.site.count_clients = self._clients.__len__
+        self.idle: OrderedDict[_Connection, bool] = OrderedDict()  # the longest idle first
         self._thread: Thread | None = None
         self._warned_at = -math.inf
-        self._tls_context: ssl.SSLContext | None = None
+        self._divide_descriptors()
         super().__init__(address, _Handler, bind_and_activate=False)
         try:
-            self._open(address, listener)
+            if listener is None:
+                self.server_bind()
+                self.server_activate()
+            else:
+                self.socket.close()
+                self.socket = listener
+            self.socket.setblocking(False)
+            if not self.socket_path:
+                host, self.port = self.socket.getsockname()[:2]
+                self.url = f"{settings.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+            self.site.open_source()
         except BaseException:
             self.close()
             raise
 
-    def _open(self, address: Any, listener: socket.socket | None) -> None:
-        """Listen, and divide the descriptors: half are for clients, or the runs could shut all others out."""
-        self._tls_context = _make_tls_context(self.settings) if self.settings.tls_cert else None
-        if listener is None:
-            self.server_bind()
-            self.server_activate()
-        else:
-            self.socket.close()
-            self.socket, self.server_address = listener, address
-        self.socket.setblocking(False)
-        if not self.socket_path:
-            host, self.port = str(self.server_address[0]), int(self.server_address[1])
-            self.url = f"{self.settings.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+    def _divide_descriptors(self) -> None:
+        """Keep half of them for clients, or the runs could shut all others out."""
         self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
-        wanted, affordable = self.settings.max_runs, max(1, self._client_max // _RUN_DESCRIPTORS - 2)
-        self.site.runs.max_runs = min(wanted, affordable)
-        if affordable < wanted:
-            _log.warning("there are descriptors for %d runs only, not %d: raise ulimit -n", affordable, wanted)
-        self.site.open_source()
+        runs, affordable = self.site.runs, max(1, self._client_max // _RUN_DESCRIPTORS - 2)
+        if affordable < runs.max_runs:
+            _log.warning("there are descriptors for %d runs only, not %d: raise ulimit -n", affordable, runs.max_runs)
+            runs.max_runs = affordable
 
     def server_bind(self) -> None:
         """Bind to the address, or make the file of a unix socket. (http.server's own would ask the DNS for a name.)"""
-        if not self.socket_path:
-            socketserver.TCPServer.server_bind(self)
-            return
-        _clear_socket(self.socket_path)
-        self.socket.bind(self.socket_path)
-        self._made_socket = os.stat(self.socket_path)
-        os.chmod(self.socket_path, 0o600)  # in time: nobody can connect before it listens
+        if self.socket_path:
+            _clear_socket(self.socket_path)
+        socketserver.TCPServer.server_bind(self)
+        if self.socket_path:
+            self._made_socket = os.stat(self.socket_path)
+            os.chmod(self.socket_path, 0o600)  # in time: nobody can connect before it listens
 
     def server_close(self) -> None:
         """Close the listener, and remove the file of a unix socket if it is still ours."""
@@ -388,47 +377,31 @@ class Server(http.server.ThreadingHTTPServer):
         while not self.is_closing:
             if self.fileno() in _poll({self.closing.descriptor: POLLIN, self.fileno(): POLLIN}):
                 try:
-                    self._handle_request_noblock()  # type: ignore[attr-defined]
+                    self._accept()
+                except (BlockingIOError, ConnectionAbortedError):  # the client has left already
+                    pass
                 except Exception as error:  # whatever happens to one client, the next one is accepted
                     self._make_room(error)
 
-    def get_request(self) -> tuple[Any, Any]:
-        """Accept a client."""
+    def _accept(self) -> None:
+        """Serve a new client in a thread, if need be in the place of the one that has been idle for longest."""
+        sock, address = self.socket.accept()
         try:
-            sock, address = self.socket.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            raise
-        except OSError as error:  # most likely no descriptor is left
-            self._make_room(error)
-            raise
-        try:
-            if not self.socket_path:
-                with suppress(OSError):  # it may have been reset already
-                    _tune(sock, self.settings)
-            if self._tls_context:
-                sock = self._tls_context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            return _Connection(sock, self), f"{address[0]}:{address[1]}" if address else "unix"
+            client: Any = _Connection(sock, self)
         except BaseException:
             sock.close()
             raise
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Take a client on, if need be in the place of the one that has been idle for longest."""
-        if len(self._clients) < self._client_max or self._evict():
-            with self._changed:
-                self._clients.add(request)
-            return True
-        request.turn_away(_BUSY_ANSWER)
-        return False
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a client in a thread of its own, as socketserver makes them."""
+        if len(self._clients) >= self._client_max and not self._evict():
+            client.turn_away()
+            return
+        with self._changed:
+            self._clients.add(client)
         try:
-            super().process_request(request, client_address)
-        except (RuntimeError, MemoryError) as error:  # no thread is left
-            request.turn_away(_BUSY_ANSWER)
-            self.shutdown_request(request)
-            self._make_room(error)
+            self.process_request(client, f"{address[0]}:{address[1]}" if address else "unix")
+        except BaseException:  # most likely no thread is left
+            client.turn_away()
+            self.shutdown_request(client)
+            raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a bug. It costs its connection only."""
@@ -445,17 +418,24 @@ class Server(http.server.ThreadingHTTPServer):
         """Log a shortage now and then, evict an idle client, and do not spin meanwhile."""
         if self.is_closing:  # the listener may be closed already
             return
-        if monotonic() >= self._warned_at + _WARN_SECONDS:
+        if monotonic() >= self._warned_at + 60:
             self._warned_at = monotonic()
             with suppress(Exception):  # a host program may have logging filters that fail
-                _log.warning("cannot serve a new connection: %r", error)
+                _log.warning("cannot serve a new connection: %s", error)
         self._evict()
         _poll({self.closing.descriptor: POLLIN}, monotonic() + 0.1)
 
+    def _evict(self) -> bool:
+        """Close the connection that has been idle for longest; False if none is idle."""
+        with suppress(KeyError, OSError):
+            client, _ = self.idle.popitem(last=False)
+            client.sock.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
+            return True
+        return False
+
     def replace(self, commands: _Commands) -> None:
         """Serve these commands from now on, and read the certificate again. On a ConfigError nothing changes."""
-        if self._tls_context is not None:
-            self._tls_context = _make_tls_context(self.settings)
+        self.tls_context = _make_tls_context(self.settings)
         self.site.replace(commands)
 
     def shutdown(self) -> None:
@@ -496,7 +476,7 @@ class Server(http.server.ThreadingHTTPServer):
     def let_go(self) -> None:
         """Close the sockets in a forked process: they, and the runs, are the parent's."""
         for client in list(self._clients):
-            client.sock.close()
+            client.close()
         self.socket.close()
 
     def _wait_until_idle(self, seconds: float) -> bool:
@@ -506,48 +486,35 @@ class Server(http.server.ThreadingHTTPServer):
             are_gone = self._changed.wait_for(lambda: not self._clients, seconds)
         return self.site.runs.join(deadline) and are_gone
 
-    @contextmanager
-    def idling(self, client: _Connection) -> Iterator[None]:
-        """Let the client's place be taken for another meanwhile. Raises _Gone if it was."""
-        self._idle[client] = None
-        try:
-            yield
-        finally:
-            is_evicted = client not in self._idle
-            self._idle.pop(client, None)
-        if is_evicted:
-            raise _Gone(_CLIENT_GONE)
 
-    def _evict(self) -> bool:
-        """Close the connection that has been idle for longest; False if none is idle."""
-        with suppress(StopIteration, RuntimeError, KeyError, OSError):
-            client = next(iter(self._idle))
-            del self._idle[client]
-            client.sock.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
-            return True
-        return False
+def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[int, Any, Reach]:
+    """The address family, the address in it, and from where that can be reached.
 
-
-def _find_address(bind: str, port: int) -> tuple[int, Any]:
-    """The address family, and the address in it: (host, port), or the path of a unix socket. Raises OSError."""
-    if bind.startswith("unix:"):
-        if not bind[5:] or "\0" in bind:
-            raise ConfigError(f"a unix socket needs a path, as in unix:/run/streamlog.sock: {bind!r}")
-        return socket.AF_UNIX, bind[5:]
-    family, _, _, _, address = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return family, address[:2]
-
-
-def _find_reach(family: int, address: Any) -> Reach:
+    Raises OSError, and ConfigError for an address that needs a token.
+    """
+    if listener:
+        family, address = listener.family, listener.getsockname()
+    elif settings.bind.startswith("unix:"):
+        family, address = socket.AF_UNIX, settings.bind[5:]
+        if not address or "\0" in address:
+            raise ConfigError(f"a unix socket needs a path, as in unix:/run/streamlog.sock: {settings.bind!r}")
+    else:
+        family, *_, address = socket.getaddrinfo(settings.bind, settings.port, type=socket.SOCK_STREAM)[0]
     if family == socket.AF_UNIX:
-        return Reach.UNIX
-    is_loopback = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
-    return Reach.LOOPBACK if is_loopback else Reach.NETWORK
+        return family, address, Reach.UNIX
+    if ipaddress.ip_address(address[0]).is_loopback:
+        return family, address[:2], Reach.LOOPBACK
+    if not settings.token and not settings.no_auth:
+        raise ConfigError(
+            f"other machines can reach {address[0]} and could run every command: set a token (STREAMLOG_TOKEN or "
+            "--token-file), bind (or ListenStream=) 127.0.0.1 and connect through ssh -L, or allow it by --no-auth"
+        )
+    return family, address[:2], Reach.NETWORK
 
 
 def _clear_socket(path: str) -> None:
     """Remove the socket of a dead server (unix(7)). Raises OSError if a server lives there, or the file is no socket."""
-    with suppress(FileNotFoundError), closing(socket.socket(socket.AF_UNIX)) as probe:
+    with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         found = os.lstat(path)
         if not stat.S_ISSOCK(found.st_mode):
             raise OSError(errno.EEXIST, "there is a file that is no socket")
@@ -561,9 +528,11 @@ def _clear_socket(path: str) -> None:
             raise OSError(errno.EADDRINUSE, "another server is using it")
 
 
-def _make_tls_context(settings: Settings) -> ssl.SSLContext:
-    """TLS 1.2 or newer, for HTTP/1.1. Raises ConfigError for files that cannot be used."""
+def _make_tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """TLS 1.2 or newer, for HTTP/1.1, if there is a certificate. Raises ConfigError for files that cannot be used."""
     cert, key = settings.tls_cert, settings.tls_key or settings.tls_cert
+    if not cert:
+        return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # LibreSSL lacks it
@@ -583,22 +552,25 @@ def _descriptor_limit(limit: int) -> int:
     return _DESCRIPTORS_MAX if limit == resource.RLIM_INFINITY else min(limit, _DESCRIPTORS_MAX)
 
 
-def _tune(sock: socket.socket, settings: Settings) -> None:
-    """Send small pieces at once, and probe silent peers (tcp(7))."""
+def _tune(sock: socket.socket, seconds: int) -> None:
+    """Send small pieces at once, and probe peers that are silent for so long (tcp(7)). Raises OSError if it is reset."""
     # Without TCP_NODELAY the end of an answer waits for the acknowledgement of its head, which is 40 ms late.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    idle = getattr(socket, "TCP_KEEPIDLE", 0x10)  # TCP_KEEPALIVE on macOS
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", 0x10))  # the latter on macOS
-    sock.setsockopt(socket.IPPROTO_TCP, idle, settings.keepalive_seconds)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, settings.keepalive_seconds // 3))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    for option, value in (
+        (socket.TCP_NODELAY, 1),
+        (idle, seconds),
+        (socket.TCP_KEEPINTVL, max(1, seconds // 3)),
+        (socket.TCP_KEEPCNT, 3),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 _CUT_SECONDS = 0.5  # for the rest of an answer to reach the client while the server closes
-_JOINED_BYTES = 16 * 1024  # a larger piece is not copied in order to send it with its frame
 # poll reports by this that the client has closed, even while unread data waits. Elsewhere we look (MSG_PEEK).
 _HANG_UP = getattr(select, "POLLRDHUP", 0)
-_NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+# TLS may have to write before it can read, and to read before it can write.
+_TLS_EVENTS: Any = {ssl.SSLWantReadError: POLLIN, ssl.SSLWantWriteError: POLLOUT}
 
 
 def _poll(watched: _Events, deadline: float = math.inf) -> _Events:
@@ -606,19 +578,23 @@ def _poll(watched: _Events, deadline: float = math.inf) -> _Events:
     poller = select.poll()
     for descriptor, events in watched.items():
         poller.register(descriptor, events)
-    seconds = max(0.0, min(deadline - monotonic(), 1e6))
-    return dict(poller.poll(None if deadline == math.inf else math.ceil(seconds * 1000)))
+    seconds = max(0.0, min(deadline - monotonic(), 1e6))  # a caller looks again after that
+    return dict(poller.poll(math.ceil(seconds * 1000)))
 
 
 class _Gone(Exception):
     """The client cannot be talked to any more; the text says why."""
 
 
+class _Late(_Gone):
+    """It has not sent or taken anything in time."""
+
+
 class _Connection(io.RawIOBase):
     """A client's socket as a file, and as the `wfile` of its handler.
 
-    It frames what is written, and never blocks in a system call: who reads or writes waits in `wait`, which also sees
-    the client leave and the server close, and looks after the run whose output is sent. Raises _Gone.
+    It frames what is written, and never blocks in a system call. All waiting is done in `attempt`, which also sees the
+    client leave and the server close, and looks after the run whose output is sent. Raises _Gone.
     """
 
     def __init__(self, sock: socket.socket, server: Server) -> None:
@@ -627,28 +603,22 @@ class _Connection(io.RawIOBase):
         self.deadline = math.inf  # for reading and writing
         self.is_chunked = False  # whether what is written goes out in chunks
         self.body_bytes = 0  # that were written since the head
-        self.is_reset = False  # whether to close by a reset: HTTP/1.0 takes any other end for that of the body
         self._server = server
         self._lock = Lock()  # TLS objects serve one thread at a time
         self._has_unread = False  # known only where poll does not report a hang-up
         self._is_cut = False
         sock.setblocking(False)
+        with suppress(OSError):  # a unix socket has no such options, and a client may have left
+            _tune(sock, server.settings.keepalive_seconds)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, room: Any) -> int:
-        """Read what has come, at least a byte; 0 at the end. Raises TimeoutError at the deadline."""
-        while True:
-            try:
-                with self._lock:
-                    self._has_unread = False
-                    return self.sock.recv_into(room)
-            except _NOT_YET as error:
-                if not self.wait(_wanted(error, POLLIN), self.deadline):
-                    raise TimeoutError from None
-            except OSError:
-                return 0
+        """Read what has come, at least a byte; 0 at the end."""
+        size = self.attempt(partial(self.sock.recv_into, room), POLLIN)
+        self._has_unread = False
+        return int(size)
 
     def write(self, data: Any) -> int:
         """Send all of the data, as one chunk if the body is chunked. Waits for a slow client."""
@@ -659,35 +629,34 @@ class _Connection(io.RawIOBase):
         return len(data)
 
     def send(self, *parts: bytes) -> None:
-        """Send bytes without a frame of ours, a large piece without copying it."""
-        if max(map(len, parts)) < _JOINED_BYTES or isinstance(self.sock, ssl.SSLSocket):
-            parts = (b"".join(parts),)
-        views = list(map(memoryview, parts))  # type: ignore[var-annotated, arg-type]
+        """Send bytes without a frame of ours, and without copying them if the socket can do that."""
+        is_tls = isinstance(self.sock, ssl.SSLSocket)  # which has no sendmsg
+        views = [memoryview(part) for part in ([b"".join(parts)] if is_tls else parts)]
         while views:
-            try:
-                with self._lock:
-                    sent = self.sock.sendmsg(views) if len(views) > 1 else self.sock.send(views[0])
-            except _NOT_YET as error:
-                stall = monotonic() + (self._server.settings.stall_seconds or math.inf)
-                if not self.wait(_wanted(error, POLLOUT), min(self.deadline, stall), self.run):
-                    raise _Gone(_SHUTTING_DOWN if self._is_cut else _CLIENT_STALLED) from None
-                continue
-            except OSError:
-                raise _Gone(_CLIENT_GONE) from None
+            step = partial(self.sock.send, views[0]) if is_tls else partial(self.sock.sendmsg, views)
+            sent = self.attempt(step, POLLOUT)
             while views and sent >= len(views[0]):
                 sent -= len(views.pop(0))
             if sent:
                 views[0] = views[0][sent:]
 
-    def wait(self, events: int, deadline: float, run: Run | None = None) -> bool:
-        """Wait until the socket is ready; False if a deadline passes first. Looks after a run meanwhile."""
+    def attempt(self, step: Callable[[], Any], events: int) -> Any:
+        """Do a step as soon as the socket can be read (POLLIN) or written (POLLOUT). Raises _Late at the deadline, and
+        _Gone because of an OSError. What a run has written is sent by its owner, who looks after it meanwhile."""
+        run = self.run if events == POLLOUT else None
+        stall = monotonic() + ((run and self._server.settings.stall_seconds) or math.inf)
         while True:
-            watched, deadline = self.watched(events), min(deadline, self.deadline)
-            ready = run.wait(watched, deadline, is_paused=True) if run else _poll(watched, deadline)
-            if self.react(ready) & events:
-                return True
+            try:
+                with self._lock:
+                    return step()
+            except (BlockingIOError, *_TLS_EVENTS) as error:
+                watched = self.watched(_TLS_EVENTS.get(type(error), events))
+            except OSError as error:
+                raise _Gone(_CLIENT_GONE) from error
+            deadline = min(self.deadline, stall)
             if monotonic() >= deadline:
-                return False
+                raise _Late(_SHUTTING_DOWN if self._is_cut else _CLIENT_STALLED)
+            self.react(run.wait(watched, deadline, is_paused=True) if run else _poll(watched, deadline))
 
     def watched(self, events: int = 0) -> _Events:
         """What to poll beside anything else that is waited for."""
@@ -695,8 +664,8 @@ class _Connection(io.RawIOBase):
         closing = {} if self._is_cut else {self._server.closing.descriptor: POLLIN}
         return {self.sock.fileno(): events, **closing}
 
-    def react(self, ready: _Events) -> int:
-        """Act on what poll reported of that, and take it out. Returns the events of the socket."""
+    def react(self, ready: _Events) -> None:
+        """Act on what poll reported of that, and take it out."""
         if ready.pop(self._server.closing.descriptor, 0):
             self._is_cut, self.deadline = True, min(self.deadline, monotonic() + _CUT_SECONDS)
             if self.run is None:
@@ -705,43 +674,24 @@ class _Connection(io.RawIOBase):
         events = ready.pop(self.sock.fileno(), 0)
         if events & ~(POLLIN | POLLOUT) or (events & POLLIN and not _HANG_UP and self._has_left()):
             raise _Gone(_CLIENT_GONE)
-        return events
 
     def _has_left(self) -> bool:
         """Whether the end of what the client sends is next in the socket (recv(2), MSG_PEEK)."""
-        try:
+        with self._lock, suppress(OSError):  # another thread may be reading
             self._has_unread = bool(socket.socket.recv(self.sock, 1, socket.MSG_PEEK))
             return not self._has_unread
-        except OSError as error:
-            return not isinstance(error, BlockingIOError)
+        return False
 
-    def turn_away(self, answer: bytes) -> None:
-        """Refuse the client without waiting. Its request is read first, because a close would reset the connection."""
-        for step in (lambda: self.sock.recv(_HEAD_BYTES), lambda: self.sock.send(answer), self.end):
-            with suppress(OSError):
-                step()
-
-    def end(self) -> None:
-        """Tell the client that nothing more will come."""
-        with suppress(OSError, ValueError):
-            if isinstance(self.sock, ssl.SSLSocket):
-                self.sock.unwrap()
+    def turn_away(self) -> None:
+        """Refuse the client without waiting. Its request is read, because otherwise the close would be a reset."""
         with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
+            self.sock.send(_BUSY_ANSWER)
+            self.sock.recv(_HEAD_BYTES)
+        self.close()
 
     def close(self) -> None:
-        with suppress(OSError):
-            if self.is_reset:
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
         super().close()
-
-
-def _wanted(error: Exception, events: int) -> int:
-    """What to wait for: TLS may have to write before it can read, and to read before it can write."""
-    if isinstance(error, ssl.SSLWantReadError):
-        return POLLIN
-    return POLLOUT if isinstance(error, ssl.SSLWantWriteError) else events
 
 
 _LINGER_SECONDS = 2.0  # for a client to read an answer that ends in a close (RFC 9112 section 9.6)
@@ -749,14 +699,6 @@ _BODY_SECONDS = 30.0  # for a form to arrive
 _REPLY_SECONDS = 30.0  # for a client to take an answer without a run
 
 _PLAIN_HTTP_ANSWER = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\nthis port speaks TLS: use https\n"
-_COMMON_HEADERS = {
-    "Server": "streamlog",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "SAMEORIGIN",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Referrer-Policy": "same-origin",  # without a referrer a browser sends `Origin: null` even to the page's own server
-    "Cache-Control": "no-cache, no-store, no-transform",
-}
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -764,100 +706,87 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     request_version = "HTTP/1.1"
-    close_connection = True
     server: Server
     wfile: _Connection  # type: ignore[assignment]
+    _feeder: Thread | None = None  # passes a request's body on to its command
+    _is_body_coming = False
+    _is_to_be_reset = False
 
     def setup(self) -> None:
         self.wfile = self.request
-        self.rfile: io.BufferedReader = io.BufferedReader(self.request, _BLOCK_MIN_BYTES)
-        self._feeder: Thread | None = None  # passes a request's body on to its command
-        self._is_body_coming = False
+        self.rfile: io.BufferedReader = io.BufferedReader(self.request)
 
     def handle(self) -> None:
         """Serve requests until the connection is to be closed."""
-        with suppress(_Gone):
-            if isinstance(self.wfile.sock, ssl.SSLSocket):
-                self._shake_hands(self.wfile.sock)
+        client, context = self.wfile, self.server.tls_context
+        try:
+            if context:
+                client.deadline = monotonic() + self.server.settings.head_seconds
+                wrap = partial(context.wrap_socket, client.sock, server_side=True, do_handshake_on_connect=False)
+                client.sock = client.attempt(wrap, POLLIN)
+                client.attempt(client.sock.do_handshake, POLLIN)  # type: ignore[attr-defined]
             super().handle()
-
-    def _shake_hands(self, sock: ssl.SSLSocket) -> None:
-        """Agree on TLS."""
-        deadline = monotonic() + self.server.settings.head_seconds
-        while True:
-            try:
-                return sock.do_handshake()
-            except _NOT_YET as error:
-                if not self.wfile.wait(_wanted(error, POLLIN), deadline):
-                    raise _Gone(_CLIENT_STALLED) from None
-            except OSError as error:
+        except _Gone as gone:
+            error = gone.__cause__
+            if isinstance(error, ssl.SSLError):
                 _log.debug("TLS: client=%s %s", self.client_address, error)
-                if getattr(error, "reason", "") == "HTTP_REQUEST":
+                if error.reason == "HTTP_REQUEST":
                     with suppress(OSError):
-                        socket.socket.send(sock, _PLAIN_HTTP_ANSWER)
-                raise _Gone(_CLIENT_GONE) from None
+                        socket.socket.send(client.sock, _PLAIN_HTTP_ANSWER)
 
     def handle_one_request(self) -> None:
         """Read a request, answer it, and log it."""
-        request, line, outcome, end = _UNREAD, "", None, "answered"
+        request, line = _UNREAD, ""
         self.close_connection = True
         started = monotonic()
         try:
             lines = self._read_head()
             started, line = monotonic(), _printable(lines[0])
             request = _parse_head(lines)
-            self.close_connection = request.wants_close or request.has_body
+            self.close_connection = request.is_last
             request.read_body = partial(self._read_form, request)
             reply = self.server.site.answer(request)
         except Error as error:
             reply = _text_reply(f"{error}\n", error.status, error.headers)
-        self.wfile.is_chunked = False
-        try:
-            if reply.run:
-                outcome = self._send_run(request, reply, reply.run)
-                end = outcome.reason or "exit"
-            else:
-                self._send_whole(request, reply)
-        except _Gone as gone:
-            self.close_connection, end = True, str(gone)
-        sent = self.wfile.body_bytes
+        outcome = self._send_run(request, reply, reply.run) if reply.run else self._send_whole(request, reply)
         _log.info(
             'client=%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
-            *(self.client_address, line, reply.status),
-            *(outcome.exit_code if outcome and outcome.is_final else "-", sent, monotonic() - started, end),
+            *(self.client_address, line, reply.status, outcome.exit_code if outcome.is_final else "-"),
+            *(self.wfile.body_bytes, monotonic() - started, outcome.reason or "exit"),
         )
 
-    def _read_head(self) -> list[bytes]:
+    def _read_head(self) -> list[str]:
         """The lines of the next head. A connection may idle for a while, but a head must arrive quickly."""
         settings = self.server.settings
-        with self.server.idling(self.wfile):
-            try:
-                self.wfile.deadline = monotonic() + settings.idle_seconds
-                if not self.rfile.peek(1):
-                    raise _Gone(_CLIENT_GONE)
-            except TimeoutError:
-                raise _Gone(_CLIENT_GONE) from None
+        with self._within(settings.idle_seconds):
+            self.rfile.peek(1)
         with self._within(settings.head_seconds, "head"):
             return _read_head(self.rfile)
 
-    def _read_form(self, request: Request, limit: int) -> bytes:
-        """The whole body of a request, of so many bytes at most."""
-        if request.body_bytes <= limit:
+    def _read_form(self, request: Request) -> bytes:
+        """The whole body of a request."""
+        if request.body_bytes <= _FORM_BYTES:
             self._ask_for_body(request)
         with self._within(_BODY_SECONDS, "body"):
-            return _read_whole(_read_body(self.rfile, request), request, limit)
+            return _read_whole(_read_body(self.rfile, request), request)
 
     @contextmanager
-    def _within(self, seconds: float, what: str) -> Iterator[None]:
-        """Let a part of a request arrive in time; until it is whole, the client may be evicted. Raises Error."""
-        self.wfile.deadline = monotonic() + seconds
+    def _within(self, seconds: float, part: str = "") -> Iterator[None]:
+        """Let the client send for so long. Meanwhile it may be evicted. Raises Error if a part of a request is late, and
+        _Gone for other clients."""
+        client, idle = self.wfile, self.server.idle
+        client.deadline = monotonic() + seconds
+        idle[client] = True
         try:
-            with self.server.idling(self.wfile):
-                yield
-        except TimeoutError:
-            raise Error(f"the request's {what} must arrive within {seconds:g} s", 408) from None
+            yield
+        except _Late:
+            if not part:
+                raise
+            raise Error(f"the request's {part} must arrive within {seconds:g} s", 408) from None
         finally:
-            self.wfile.deadline = math.inf
+            client.deadline = math.inf
+            if not idle.pop(client, False):
+                raise _Gone(_CLIENT_GONE)
 
     def _ask_for_body(self, request: Request) -> None:
         """Ask for the body if the client waits for that (RFC 9110 section 10.1.1)."""
@@ -865,33 +794,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _send_run(self, request: Request, reply: Reply, run: Run) -> Outcome:
-        """Send the output of a run, and how the run ended. The reply waits for that, or goes out as output comes; but
-        while a body is coming the head waits for the first output: a proxy takes an earlier one for the end of the
-        upload."""
-        client, settings, ahead = self.wfile, self.server.settings, b""
-        is_chunked = not (request.is_http_1_0 or reply.waits or reply.length is not None)
-        spool = _open_transcript(settings, settings.transcript_bytes) if reply.waits else None
-        client.run, has_head = run, False
+        """Send the output of a run, as it comes or when the run has ended. Returns how the run ended."""
+        client = self.wfile
+        client.run = run
         try:
             if run.takes_input:
                 self._start_feeder(request, run)
-            elif not spool:
-                has_head = self._send_head(request, reply, is_chunked)
-            for piece in run.pieces(reply.format, client):
-                if spool:
-                    spool.write("stdout", piece)
-                    continue
-                ahead += piece
-                if has_head or run.output_bytes or run.is_over or not self._is_body_coming:
-                    has_head = has_head or self._send_head(request, reply, is_chunked)
-                    client.write(ahead)
-                    ahead = b""
+            (self._send_late if reply.waits else self._send_live)(request, reply, run)
             outcome = run.outcome
-            if spool:
-                reply = self._send_spool(request, reply, outcome, spool)
             if reply.length not in (None, client.body_bytes):
                 outcome = outcome._replace(reason=_OVERTAKEN)
-            if is_chunked and not outcome.reason:  # a client can tell a cut answer by the absence of this chunk
+            if client.is_chunked and not outcome.reason:  # a client can tell a cut answer by the absence of this chunk
                 has_trailer = request.wants_trailers and outcome.is_final
                 client.send(b"0\r\n", b"Exit-Code: %d\r\n" % outcome.exit_code if has_trailer else b"", b"\r\n")
         except _Gone as gone:
@@ -903,8 +816,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             client.run = None
         if reply.name:
             self.server.site.runs.count_end(reply.name, outcome, client.body_bytes)
-        self.close_connection = self.close_connection or bool(outcome.reason)
-        client.is_reset = bool(outcome.reason) and not is_chunked and reply.length is None
+        if outcome.reason:
+            self.close_connection = True
+            self._is_to_be_reset = request.is_http_1_0 and reply.length is None and not reply.waits
         return outcome
 
     def _start_feeder(self, request: Request, run: Any) -> None:
@@ -924,46 +838,69 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise _Gone(str(error)) from None
         self._feeder = feeder
 
-    def _send_spool(self, request: Request, reply: Reply, outcome: Outcome, spool: Transcript) -> Reply:
-        """Send the output of a run that has ended, with its length and the exit code in the head."""
+    def _send_live(self, request: Request, reply: Reply, run: Run) -> None:
+        """Send output as it comes. While a body is coming, the head waits for the first output: a proxy takes an
+        earlier one for the end of the upload."""
+        pieces = run.pieces(reply.format, self.wfile)
+        wholes = itertools.accumulate(pieces)
+        ahead = next(whole for whole in wholes if run.output_bytes or run.is_over or not self._is_body_coming)
+        self._send_head(request, reply)
+        for piece in itertools.chain([ahead], pieces):
+            self.wfile.write(piece)
+
+    def _send_late(self, request: Request, reply: Reply, run: Run) -> None:
+        """Send output when the run has ended, with its length and the exit code in the head."""
+        settings = self.server.settings
+        spool = _open_transcript(settings, settings.transcript_bytes)
+        for piece in run.pieces(reply.format, self.wfile):
+            spool.write("stdout", piece)
+        outcome = run.outcome
         headers = {**reply.headers, "Exit-Code": str(outcome.exit_code)}
         status = 500 if outcome.exit_code or outcome.reason else 200
-        reply = reply._replace(status=status, headers=headers, length=spool.end - spool.start)
-        self._send_head(request, reply, False)
+        self._send_head(request, reply._replace(status=status, headers=headers, length=spool.end - spool.start))
         for at in range(spool.start, spool.end, _BLOCK_MAX_BYTES):
             self.wfile.write(spool.read(at, _BLOCK_MAX_BYTES)[2])
-        return reply
 
-    def _send_whole(self, request: Request, reply: Reply) -> None:
+    def _send_whole(self, request: Request, reply: Reply) -> Outcome:
         """Send an answer without a run."""
-        self.wfile.deadline = monotonic() + _REPLY_SECONDS
-        self._send_head(request, reply, False)
-        self.wfile.write(b"" if request.method == "HEAD" else reply.body)
-        self.wfile.deadline = math.inf
+        end, self.wfile.deadline = "answered", monotonic() + _REPLY_SECONDS
+        try:
+            self._send_head(request, reply)
+            self.wfile.write(b"" if request.method == "HEAD" else reply.body)
+        except _Gone as gone:
+            self.close_connection, end = True, str(gone)
+        return Outcome(0, end, 0, is_final=False)
 
-    def _send_head(self, request: Request, reply: Reply, is_chunked: bool) -> bool:
-        """Send the head of an answer. Returns True."""
-        headers = [("Date", self.date_time_string()), *_make_headers(self.server.site.access, request, reply)]
-        if is_chunked:
-            headers.append(("Transfer-Encoding", "chunked"))
-            if request.wants_trailers:
-                headers.append(("Trailer", "Exit-Code"))
-        if self.close_connection and not self._is_body_coming:  # said too early, it breaks an upload through a proxy
-            headers.append(("Connection", "close"))
+    def _send_head(self, request: Request, reply: Reply) -> None:
+        """Send the head of an answer."""
+        client, is_chunked = self.wfile, bool(reply.run) and reply.length is None and not request.is_http_1_0
         self.send_response_only(reply.status)
-        for header in headers:
+        for header in _make_headers(self.server.site.access, request, reply):
             self.send_header(*header)
+        self.send_header("Date", self.date_time_string())
+        if is_chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            if request.wants_trailers:
+                self.send_header("Trailer", "Exit-Code")
+        if self.close_connection and not self._is_body_coming:  # said too early, it breaks an upload through a proxy
+            self.send_header("Connection", "close")
+        client.is_chunked = False
         self.end_headers()
-        self.wfile.is_chunked, self.wfile.body_bytes = is_chunked, 0
-        return True
+        client.is_chunked, client.body_bytes = is_chunked, 0
 
     def finish(self) -> None:
         """Let the client read the answer: closing while it still sends would reset what it has not read."""
         client = self.wfile
-        client.run, client.deadline = None, monotonic() + _LINGER_SECONDS
-        if client.is_reset:
+        if self._is_to_be_reset:  # HTTP/1.0 takes any other end for that of the body
+            with suppress(OSError):
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return
-        client.end()
+        client.deadline = monotonic() + _LINGER_SECONDS
+        with suppress(OSError, ValueError):
+            if isinstance(client.sock, ssl.SSLSocket):
+                client.sock.unwrap()
+        with suppress(OSError):
+            client.sock.shutdown(socket.SHUT_WR)
         if self._feeder:
             self._feeder.join(_LINGER_SECONDS)
             with suppress(OSError):
@@ -971,14 +908,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._feeder.join()
         elif self.server.is_closing:
             return
-        with suppress(_Gone, TimeoutError):
-            while client.readinto(bytearray(_BLOCK_MIN_BYTES)):
+        with suppress(_Gone):
+            while monotonic() < client.deadline and client.readinto(bytearray(_BLOCK_MIN_BYTES)):
                 pass
 
 
 def _make_headers(access: Access, request: Request, reply: Reply) -> list[tuple[str, str]]:
     """The headers of an answer. Raises ValueError rather than let a value break out of its line."""
-    headers = [*_COMMON_HEADERS.items(), *(request.policy or access.headers(request)).items(), *reply.headers.items()]
+    headers = [*access.headers(request).items(), *reply.headers.items()]
     length = reply.length
     if not (reply.run or reply.status == 204 or (request.method == "HEAD" and reply.status == 200)):
         length = len(reply.body)
@@ -1005,93 +942,90 @@ _TRAILER_BYTES = 8 * 1024
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-_HEADER_LINE = re.compile(rf"({_TOKEN}):([\t -~\x80-\xff]*)".encode("latin-1"))
+_HEADER_LINE = re.compile(rf"({_TOKEN}):([\t -~\x80-\xff]*)")
 _CHUNK_LINE = re.compile(
-    rf'([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[^"\\\x00-\x1f\x7f]|\\[\t -~])*"))?)*\r\n'.encode()
+    rf'([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[^"\\\x00-\x1f\x7f]|\\[\t -~])*"))?)*'
 )
-_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
-_CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f]")
-_UNPRINTABLE = re.compile(rb"[^ !#-\[\]-~]")
-_SINGLE_HEADERS = frozenset({"host", "content-length", "content-type", "origin", "authorization", "expect"})
+_AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?"
+_TARGET = re.compile(rf"(?:(?i:https?)://({_AUTHORITY}))?(/[^?#]*|\Z)(?:\?([^#]*))?")
+_SINGLE_HEADER = re.compile("host|content-length|content-type|origin|authorization|expect")
+# A media type or a range and its weight, which is not 0, between other parameters; blanks are gone.
+_ACCEPTED = re.compile(r"([^;]+)(?:;(?!q=)[^;]*)*(?:;q=(?!0(?:\.0*)?(?:;|$))([01](?:\.[0-9]{0,3})?)(?:;.*)?)?")
 
 
+@dataclass
 class Request:
     """A request as it was read: `path` is decoded, `query` is not; header names are in lower case."""
 
-    def __init__(
-        self, method: str, path: str, query: str, authority: str, headers: _Texts, is_http_1_0: bool = False
-    ) -> None:
-        self.method, self.path, self.query, self.authority = method, path, query, authority
-        self.headers, self.is_http_1_0 = headers, is_http_1_0
-        self.scheme = self.prefix = ""  # of the URL: if it is not the server's own; where the site is mounted
-        self.host = re.sub(":[0-9]*$", "", authority).lower()
-        self.is_chunked = "transfer-encoding" in headers
-        self.body_bytes = int(headers.get("content-length", "0"))
+    method: str
+    path: str
+    query: str
+    authority: str
+    headers: _Texts
+    is_http_1_0: bool = False
+    scheme: str = ""  # of the URL, if it is not the server's own
+    prefix: str = ""  # where the site is mounted
+
+    def __post_init__(self) -> None:
+        get = self.headers.get
+        self.host = re.sub(":[0-9]*$", "", self.authority).lower()
+        self.is_chunked = "transfer-encoding" in self.headers
+        self.body_bytes = int(get("content-length", "0"))
         self.has_body = self.is_chunked or self.body_bytes > 0
-        # RFC 9112 section 9.6, RFC 9110 section 10.1.4
-        self.wants_close = is_http_1_0 or "close" in _split_list(headers.get("connection", ""))
-        self.wants_trailers = "trailers" in _split_list(headers.get("te", ""))
-        self.fields = _parse_query(query)
-        self.accepted: dict[str, float] = {}  # media types and ranges, with their weights (RFC 9110 section 12.5.1)
-        for item in _split_list(headers.get("accept", "")):
-            name, *options = (part.strip(" \t") for part in item.split(";"))
-            weight = next((option[2:] for option in options if option.startswith("q=")), "1")
-            if name and re.fullmatch(r"[01](\.[0-9]{0,3})?", weight) and float(weight) > 0:
-                self.accepted[name] = float(weight)
-        self.read_body: Callable[[int], bytes] = lambda limit: b""  # the whole body; the server replaces it
-        self.policy: _Texts = {}  # the headers of the answer that say which pages may use it
+        # RFC 9112 section 9.6; what is left of a body must not be read as a request
+        self.is_last = self.is_http_1_0 or self.has_body or "close" in _split_list(get("connection", ""))
+        self.wants_trailers = "trailers" in _split_list(get("te", ""))
+        self.fields = _parse_query(self.query)
+        # media types and ranges, with their weights (RFC 9110 section 12.5.1)
+        accepted = map(_ACCEPTED.fullmatch, _split_list(re.sub("[ \t]", "", get("accept", ""))))
+        self.accepted = {match[1]: float(match[2] or 1) for match in accepted if match}
+        self.read_body: Callable[[], bytes] = lambda: b""  # the whole body; the server replaces it
 
 
-def _read_head(file: io.BufferedIOBase) -> list[bytes]:
+def _read_head(file: io.BufferedIOBase) -> list[str]:
     """The lines of a head, without their ends. Raises Error for what cannot be one, and _Gone if it breaks off."""
-    lines: list[bytes] = []
+    lines: list[str] = []
     room = _HEAD_BYTES
+    too_long = f"the request line is longer than {_LINE_BYTES} bytes: shorten the URL", 414
     while True:
-        limit = room if lines else min(room, _LINE_BYTES)
-        line = _read_line(file, limit)
-        room -= len(line)
-        if line[-1:] != b"\n":
-            if lines:
-                raise Error(
-                    f"the request's head is longer than {_HEAD_BYTES} bytes: send fewer or shorter headers", 431
-                )
-            raise Error(f"the request line is longer than {_LINE_BYTES} bytes: shorten the URL", 414)
-        if line[-2:] != b"\r\n":
-            raise Error("lines of a request end in CRLF")
-        if line != b"\r\n":
-            lines.append(line[:-2])
+        line = _read_line(file, room if lines else min(room, _LINE_BYTES), *too_long)
+        room -= len(line) + 2
+        if line:
+            lines.append(line)
+            too_long = f"the request's head is longer than {_HEAD_BYTES} bytes: send fewer or shorter headers", 431
         elif lines:  # an empty line before the head follows the body of some clients (RFC 9112 section 2.2)
             return lines
 
 
-def _read_line(file: io.BufferedIOBase, limit: int) -> bytes:
-    """A line with its end, or as much of it as the limit allows. Raises _Gone if it breaks off."""
-    line = file.readline(limit)
-    if line[-1:] != b"\n" and len(line) < limit:
-        raise _Gone(_CLIENT_GONE)
-    return line
+def _read_line(file: io.BufferedIOBase, limit: int, too_long: str, status: int = 400) -> str:
+    """A line without its end, which counts too. Raises Error if it exceeds the limit, and _Gone if it breaks off."""
+    line = file.readline(limit).decode("latin-1")
+    if line[-2:] == "\r\n":
+        return line[:-2]
+    if line[-1:] == "\n":
+        raise Error("lines of a request end in CRLF")
+    raise Error(too_long, status) if len(line) == limit else _Gone(_CLIENT_GONE)
 
 
-def _parse_head(head: Sequence[bytes]) -> Request:
+def _parse_head(head: Sequence[str]) -> Request:
     """Make a request of the lines of a head. Raises Error: nothing that is unclear is guessed at."""
-    first, *lines = head
-    match = _REQUEST_LINE.fullmatch(first.decode("latin-1"))
+    match = _REQUEST_LINE.fullmatch(head[0])
     if not match:
         raise Error("the request line must be METHOD, URL and HTTP/1.1, with one space between")
     method, target, major, minor = match.groups()
     if major != "1":
         raise Error("this server speaks HTTP/1.1", 505)
-    headers = _parse_headers(lines)
-    authority, path, query = _parse_target(method, target)
-    host = headers.get("host")
-    if host is None or not _AUTHORITY.fullmatch(host):
+    headers = _parse_headers(head[1:])
+    authority, path, query = ("", "*", "") if (method, target) == ("OPTIONS", "*") else _parse_target(target)
+    host = headers.get("host", "")
+    if not re.fullmatch(_AUTHORITY, host):
         raise Error("the request needs one Host header that names a host")
     if minor == "0" and "transfer-encoding" in headers:
         raise Error("HTTP/1.0 has no transfer encodings")
     return Request(method, path, query, authority or host, headers, is_http_1_0=minor == "0")
 
 
-def _parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
+def _parse_headers(lines: Sequence[str]) -> dict[str, str]:
     """Header lines by lower-case name; repeated ones are joined as lists (RFC 9110 section 5.3)."""
     if len(lines) > _HEADER_COUNT:
         raise Error(f"the request has more than {_HEADER_COUNT} headers", 431)
@@ -1100,47 +1034,46 @@ def _parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
         match = _HEADER_LINE.fullmatch(line)
         if not match:
             raise Error("a header line must be a name, a colon and a value")
-        name, value = match[1].decode("ascii").lower(), match[2].decode("latin-1").strip(" \t")
-        if name in headers and name in _SINGLE_HEADERS:
-            raise Error(f"the header {name} may be sent once only")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if "transfer-encoding" in headers:
-        if "content-length" in headers:
-            raise Error("a body has a Content-Length or comes in chunks, not both")
-        if headers["transfer-encoding"].lower() != "chunked":
-            raise Error("the only transfer encoding that this server accepts is chunked", 501)
-    if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "0")):
+        name, value = match[1].lower(), match[2].strip(" \t")
+        if name in headers:
+            if _SINGLE_HEADER.fullmatch(name):
+                raise Error(f"the header {name} may be sent once only")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    if headers.get("transfer-encoding", "chunked").lower() != "chunked":
+        raise Error("the only transfer encoding that this server accepts is chunked", 501)
+    if {"transfer-encoding", "content-length"} <= headers.keys():
+        raise Error("a body has a Content-Length or comes in chunks, not both")
+    if not re.fullmatch("[0-9]{1,15}", headers.get("content-length", "0")):
         raise Error("Content-Length must be a number")
     return headers
 
 
-def _parse_target(method: str, target: str) -> tuple[str, str, str]:
+def _parse_target(target: str) -> tuple[str, str, str]:
     """The authority (empty except in absolute form), decoded path and raw query of a request target."""
-    authority = ""
-    if target == "*" and method == "OPTIONS":
-        return "", "*", ""
-    absolute = None if target[0] == "/" else re.match(r"https?://([^/?]+)(?=[/?]|$)", target, re.IGNORECASE)
-    if absolute:
-        authority, target = absolute[1], target[absolute.end() :] or "/"
-        if not _AUTHORITY.fullmatch(authority):
-            raise Error("the URL's host is malformed")
-    if not target.startswith("/") or "#" in target:
-        raise Error("the URL must be a path that begins with '/'")
-    path, _, query = target.partition("?")
-    path = _unquote(path)
-    if _CONTROL_CHARACTER.search(path):
+    match = _TARGET.fullmatch(target)
+    if not match:
+        raise Error("the URL must be a path that begins with '/', behind http://HOST at most")
+    authority, path, query = match.groups("")
+    path = _unquote(path or "/")
+    if re.search(r"[\0-\x1f\x7f]", path):
         raise Error("the URL's path holds a control character")
     return authority, path, query
 
 
-def _unquote(text: str) -> str:
+def _unquote(text: str, decode: Callable[..., Any] = urllib.parse.unquote) -> Any:
     """Percent-decode once, strictly (RFC 3986 section 2.1)."""
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise Error("a '%' in the URL must be followed by two hexadecimal digits")
     try:
-        return urllib.parse.unquote(text, errors="strict")
+        return decode(text, errors="strict")
     except UnicodeDecodeError:
         raise Error("the URL must be UTF-8, percent-encoded") from None
+
+
+def _parse_query(query: str) -> list[tuple[str, str]]:
+    """The fields of a query or a form (application/x-www-form-urlencoded), blank ones included."""
+    return list(_unquote(query, partial(urllib.parse.parse_qsl, keep_blank_values=True)))
 
 
 def _split_list(value: str) -> list[str]:
@@ -1148,16 +1081,6 @@ def _split_list(value: str) -> list[str]:
     if not value:
         return []
     return [item.strip(" \t") for item in value.lower().split(",")]  # a pattern would take quadratic time for blanks
-
-
-def _parse_query(query: str) -> list[tuple[str, str]]:
-    """The fields of a query or a form (application/x-www-form-urlencoded), blank ones included."""
-    fields = []
-    for field in query.replace("+", " ").split("&"):
-        if field:
-            key, _, value = field.partition("=")
-            fields.append((_unquote(key), _unquote(value)))
-    return fields
 
 
 def _read_body(file: io.BufferedIOBase, request: Request) -> Iterator[bytes]:
@@ -1173,53 +1096,58 @@ def _read_body(file: io.BufferedIOBase, request: Request) -> Iterator[bytes]:
         yield piece
         left -= len(piece)
         if request.is_chunked and not left:
-            if _read_line(file, 2) != b"\r\n":
-                raise Error("a chunk of the body is not as long as it says")
+            _read_line(file, 2, "a chunk of the body is not as long as it says")
             left = _read_chunk_size(file)
-    trailer_bytes = 0
-    while request.is_chunked:
-        line = _read_line(file, _CHUNK_LINE_BYTES)
-        if line == b"\r\n":
-            return
-        trailer_bytes += len(line)
-        if line[-2:] != b"\r\n" or not _HEADER_LINE.fullmatch(line[:-2]) or trailer_bytes > _TRAILER_BYTES:
-            raise Error(f"what follows the body must be header lines, and {_TRAILER_BYTES} bytes at most")
+    room = _TRAILER_BYTES + 2  # for the empty line
+    demand = f"what follows the body must be header lines, and {_TRAILER_BYTES} bytes at most"
+    while request.is_chunked and (line := _read_line(file, min(room, _CHUNK_LINE_BYTES), demand)):
+        room -= len(line) + 2
+        if not _HEADER_LINE.fullmatch(line):
+            raise Error(demand)
 
 
 def _read_chunk_size(file: io.BufferedIOBase) -> int:
-    match = _CHUNK_LINE.fullmatch(_read_line(file, _CHUNK_LINE_BYTES))
+    demand = "a chunk of the body must begin with its size in hexadecimal digits"
+    match = _CHUNK_LINE.fullmatch(_read_line(file, _CHUNK_LINE_BYTES, demand))
     if not match:
-        raise Error("a chunk of the body must begin with its size in hexadecimal digits")
+        raise Error(demand)
     return int(match[1], 16)
 
 
-def _read_whole(pieces: Iterable[bytes], request: Request, limit: int) -> bytes:
-    """A body in full. Raises Error if it is longer than the limit."""
+def _read_whole(pieces: Iterable[bytes], request: Request) -> bytes:
+    """A body in full. Raises Error if it is too long for a form."""
     body = b""
-    if request.body_bytes <= limit:
+    if request.body_bytes <= _FORM_BYTES:
         for piece in pieces:
             body += piece
-            if len(body) > limit:
+            if len(body) > _FORM_BYTES:
                 break
-    if max(len(body), request.body_bytes) > limit:
-        raise Error(f"the body may have {limit} bytes at most", 413)
-    return body
+        else:
+            return body
+    raise Error(f"the body may have {_FORM_BYTES} bytes at most", 413)
 
 
 _UNREAD = Request("", "", "", "", {})
 
 
-def _printable(text: bytes) -> str:
-    """A client's bytes for a log line: nothing in them can end the line, close the quotes or drive a terminal."""
-    return _UNPRINTABLE.sub(lambda match: b"\\x%02x" % match[0][0], text[:1000]).decode("ascii")
+def _printable(text: str) -> str:
+    """A client's text for a log line: nothing in it can end the line, close the quotes or drive a terminal."""
+    return re.sub(r"[^ !#-\[\]-~]", lambda match: f"\\x{ord(match[0]):02x}", text[:1000])
 
 
 # ---------------------------------------------------------------------------------------------
 # access: who may use the server. A request passes before anything is looked up or run for it
 
-# A browser marks by these what it fetches before its user has asked for it.
-_AHEAD_HEADERS = ("sec-purpose", "purpose", "x-purpose", "x-moz")
-_AHEAD = re.compile("prefetch|prerender|preview")
+# A browser marks what it fetches before its user has asked for it.
+_AHEAD = re.compile("((sec-|x-)?purpose|x-moz):.*(?i:prefetch|prerender|preview)")
+_COMMON_HEADERS = {
+    "Server": "streamlog",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "SAMEORIGIN",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",  # without a referrer a browser sends `Origin: null` even to the page's own server
+    "Cache-Control": "no-cache, no-store, no-transform",
+}
 _CORS_HEADERS = {
     "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID, Prefer, Range",
@@ -1234,7 +1162,12 @@ class Access:
     def __init__(self, settings: Settings, reach: Reach) -> None:
         self._token = settings.token.encode()
         self._scheme = settings.scheme
-        self._origins = frozenset(origin.lower() for origin in settings.allow_origins)
+        self._origins = {origin.lower() for origin in settings.allow_origins}
+        self._headers = {
+            **_COMMON_HEADERS,
+            "Content-Security-Policy": " ".join(["frame-ancestors 'self'", *sorted(self._origins)]),
+            **({"Vary": "Origin"} if self._origins else {"Cross-Origin-Resource-Policy": "same-origin"}),
+        }
         self._is_on_network = reach is Reach.NETWORK
         self._hosts = {"localhost", *(host.lower().rstrip(".") for host in settings.allow_hosts)}
         if self._is_on_network:
@@ -1245,7 +1178,6 @@ class Access:
 
     def check(self, request: Request) -> None:
         """Raise Error for a request that must not be answered."""
-        request.policy = self.headers(request)
         if self._checks_host:
             self._check_host(request.host)
         self._check_site(request)
@@ -1264,18 +1196,16 @@ class Access:
 
     def _check_site(self, request: Request) -> None:
         """Refuse what another site's page has asked for, and what a browser fetches before its user asks."""
-        ahead = " ".join(map(request.headers.get, _AHEAD_HEADERS, itertools.repeat(""))).lower()
-        if _AHEAD.search(ahead):
+        if any(_AHEAD.match(f"{name}:{value}") for name, value in request.headers.items()):
             raise Error("commands are not run for prefetching", 503, {"Retry-After": "1"})
-        site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
-        if site is not None:
-            is_visit = request.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"  # which runs nothing
-            is_own = site in ("same-origin", "none") or is_visit
+        get, own_origin = request.headers.get, f"{request.scheme or self._scheme}://{request.authority.lower()}"
+        site, is_visit = get("sec-fetch-site"), request.path == "/" and get("sec-fetch-mode") == "navigate"
+        if site is None:
+            is_own = get("origin", own_origin).lower() == own_origin
         else:
-            own_origin = f"{request.scheme or self._scheme}://{request.authority.lower()}"
-            is_own = origin is None or origin.lower() == own_origin
+            is_own = site in ("same-origin", "none") or is_visit  # which runs nothing
         if not is_own and not self._is_allowed_origin(request):
-            who = _printable((origin or site or "").encode())
+            who = _printable(get("origin") or site or "")
             raise Error(f"a page of another site ({who}) may not use this server: --allow-origin would let it", 403)
 
     def _is_allowed_origin(self, request: Request) -> bool:
@@ -1283,34 +1213,25 @@ class Access:
 
     def is_preflight(self, request: Request) -> bool:
         """Whether a browser asks what a page of an allowed origin may do. It is answered without a token."""
-        asks = request.method == "OPTIONS" and {"origin", "access-control-request-method"} <= request.headers.keys()
+        asks = request.method == "OPTIONS" and "access-control-request-method" in request.headers
         return asks and self._is_allowed_origin(request)
 
     def _check_token(self, authorization: str) -> None:
         """Refuse a request without the token, as Bearer or as the password of Basic (RFC 6750, RFC 7617)."""
         scheme, _, given = authorization.partition(" ")
-        offered = given.strip(" \t").encode("latin-1")
-        if scheme.lower() == "basic":
-            try:
-                offered = base64.b64decode(offered, validate=True).partition(b":")[2]
-            except ValueError:
-                offered = b""
-        if scheme.lower() not in ("basic", "bearer") or not hmac.compare_digest(offered, self._token):
+        offered = given.strip(" \t").encode("latin-1") if scheme.lower() == "bearer" else b""
+        with suppress(ValueError):
+            if scheme.lower() == "basic":
+                offered = base64.b64decode(given.strip(" \t"), validate=True).partition(b":")[2]
+        if not hmac.compare_digest(offered, self._token):
             challenge = {"WWW-Authenticate": 'Basic realm="streamlog", charset="UTF-8", Bearer realm="streamlog"'}
             raise Error("the token is missing or wrong: give it as curl -u :TOKEN does", 401, challenge)
 
     def headers(self, request: Request) -> dict[str, str]:
-        """The headers of an answer that say which pages may read and frame it."""
-        ancestors = " ".join(["'self'", *sorted(self._origins)])
-        headers = {"Content-Security-Policy": f"frame-ancestors {ancestors}"}
-        if self._origins:
-            headers["Vary"] = "Origin"
-        else:
-            headers["Cross-Origin-Resource-Policy"] = "same-origin"
-        if self._is_allowed_origin(request):
-            headers["Access-Control-Allow-Origin"] = request.headers["origin"]
-            headers.update(_CORS_HEADERS)
-        return headers
+        """The headers of every answer; some say which pages may read and frame it."""
+        if not self._is_allowed_origin(request):
+            return self._headers
+        return {**self._headers, "Access-Control-Allow-Origin": request.headers["origin"], **_CORS_HEADERS}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1640,7 +1561,7 @@ def _parse_form(request: Request) -> list[tuple[str, str]]:
     if not re.match(r"(?i)application/x-www-form-urlencoded\s*(;|$)", request.headers.get("content-type", "")):
         raise Error("the body must be a form (application/x-www-form-urlencoded), as curl -d sends it", 415)
     try:
-        return _parse_query(request.read_body(_FORM_BYTES).decode())
+        return _parse_query(request.read_body().decode())
     except UnicodeDecodeError:
         raise Error("the form must be UTF-8") from None
 
@@ -2348,8 +2269,8 @@ class _Runs:
         try:
             run = entry.run = make(settings, settings.timeout_seconds if timeout is None else timeout, release)
             if _log.isEnabledFor(logging.DEBUG):
-                line = f"{run.line} {entry.values}".encode(errors="replace")
-                _log.debug("started %s as %s: %s", entry.name, run, _printable(line))
+                line = _printable(f"{run.line} {entry.values}")
+                _log.debug("started %s as %s: %s", entry.name, run, line)
             return run
         except BaseException as error:
             if run:
@@ -2504,8 +2425,8 @@ def _watchdog(run: Run, settings: Settings) -> Iterator[None]:
             argv = ["/bin/sh", "-c", _WATCHDOG, f"{run.pid}", f"{settings.grace_seconds}"]
             none, env = subprocess.DEVNULL, {"PATH": os.defpath}
             try:
-                dog = subprocess.Popen(
-                    argv, stdin=subprocess.PIPE, stdout=none, stderr=none, cwd="/", env=env, start_new_session=True
+                dog = subprocess.Popen(  # unbuffered, or in a fork closing its input could wait for a lock for ever
+                    argv, 0, stdin=subprocess.PIPE, stdout=none, stderr=none, cwd="/", env=env, start_new_session=True
                 )
                 _files.add(stack.enter_context(dog).stdin)
                 stack.callback(dog.kill)  # before its input is closed
@@ -4304,7 +4225,7 @@ def _read_environ(environ: Mapping[str, Any]) -> Request:
     for key, value in environ.items():
         if value and re.match("HTTP_|CONTENT_(TYPE|LENGTH)$", key):
             lines.append(f"{key.removeprefix('HTTP_').replace('_', '-')}: {value}")
-    request = _parse_head([line.encode("latin-1") for line in lines])
+    request = _parse_head(lines)
     request.scheme, request.prefix = environ["wsgi.url_scheme"], prefix
     return request
 
@@ -4513,16 +4434,13 @@ def _serve(server: Server, commands: _Commands, options: _Flags) -> None:
     ended = threading.Event()  # not thread.is_alive(): the thread lives a moment longer than its ring
 
     def run() -> None:
-        try:
-            with server:
-                server.serve_forever()
-        finally:
-            ended.set()
-            signals.ring()
+        with ExitStack() as last:
+            last.callback(signals.ring)
+            last.callback(ended.set)
+            last.enter_context(server).serve_forever()
 
-    thread = Thread(target=run, daemon=True, name="streamlog")
     try:
-        thread.start()
+        Thread(target=run, daemon=True, name="streamlog").start()
         _announce(server, commands, options.quiet)
         _notify("READY=1")
         while not ended.is_set():

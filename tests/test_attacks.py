@@ -186,7 +186,9 @@ class Attacks(ServerCase):
     """The server is a process of its own, and is watched while it is under attack."""
 
     @contextlib.contextmanager
-    def attacked(self, *options: str, descriptors: int = 0, within: float = 1, **how: Any) -> Iterator[Program]:
+    def attacked(
+        self, *options: str, descriptors: int = 0, within: float = 1, memory: int = 40 << 20, **how: Any
+    ) -> Iterator[Program]:
         """A server whose health address is asked for all the while, and must answer in time, within seconds."""
         arguments = [
             "-v" if "stderr" in how else "-q",
@@ -233,7 +235,7 @@ class Attacks(ServerCase):
             settle(program, 15)
             after = (len(os.listdir(f"/proc/{program.process.pid}/fd")), resident_bytes(program.process.pid))
             self.assertEqual(after[0], before[0])
-            self.assertLess(after[1] - before[1], 40 << 20)
+            self.assertLess(after[1] - before[1], memory)
 
     @contextlib.contextmanager
     def swarm(self, program: Program, size: int, opening: bytes = b"") -> Iterator[list[Raw]]:
@@ -310,7 +312,8 @@ class Attacks(ServerCase):
 
     @unittest.skipIf(DESCRIPTORS < 5000, "needs 5000 descriptors")
     def test_two_thousand_connections_at_once_are_all_answered(self) -> None:
-        with self.attacked(within=5) as program:  # alone on a machine of two cores it is less than one second
+        # Alone on a machine of two cores it is less than one second. Their 32 KiB each leave holes in Python 3.9's heap.
+        with self.attacked(within=5, memory=2000 * (32 << 10)) as program:
             with self.swarm(program, 2000, b"GET /-/healthy HTTP/1.1\r\nHost: localhost\r\n\r\n") as clients:
                 for client in clients:
                     self.assertEqual(client.read_answer().body, b"ok")

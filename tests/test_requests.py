@@ -214,7 +214,7 @@ class Heads(unittest.TestCase):
             ("keep-alive", "1.0", True),
         ):
             with self.subTest(value=value, version=version):
-                self.assertEqual(parse(head(f"GET / HTTP/{version}", f"Connection: {value}")).wants_close, closes)
+                self.assertEqual(parse(head(f"GET / HTTP/{version}", f"Connection: {value}")).is_last, closes)
 
     def test_accept_gives_the_types_that_it_names_and_does_not_rule_out(self) -> None:
         for value, accepted in (

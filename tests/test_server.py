@@ -745,7 +745,7 @@ class Limits(ServerCase):
                 client.get("/")
                 client.read_answer()
                 idle.append(client)
-                wait_until(lambda: len(server._idle) == len(idle), "its thread waits for the next request")
+                wait_until(lambda: len(server.idle) == len(idle), "its thread waits for the next request")
             self.assertEqual(self.fetch(server, "/-/healthy").body, b"ok")
             self.assertTrue(idle[0].is_closed())
             idle[1].get("/-/healthy")
