@@ -297,10 +297,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False  # a second server at the same address is a mistake
 
     def __init__(
-        self,
-        commands: _Commands,
-        settings: Settings = Settings(),
-        listener: Optional[socket.socket] = None,
+        self, commands: _Commands, settings: Settings = Settings(), listener: Optional[socket.socket] = None
     ) -> None:
         self.address_family, address, self.reach = _find_address(settings, listener)
         self.tls_context = _make_tls_context(settings)
@@ -421,7 +418,7 @@ class Server(http.server.ThreadingHTTPServer):
         if monotonic() >= self._warned_at + 60:
             self._warned_at = monotonic()
             with suppress(Exception):  # a host program may have logging filters that fail
-                _log.warning("cannot serve a new connection: %s", error)
+                _log.warning("cannot serve a new connection: %r", error)
         self._evict()
         _poll({self.closing.descriptor: POLLIN}, monotonic() + 0.1)
 
@@ -513,7 +510,7 @@ def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[i
 
 
 def _clear_socket(path: str) -> None:
-    """Remove the socket of a dead server (unix(7)). Raises OSError if a server lives there, or the file is no socket."""
+    """Remove the socket of a dead server (unix(7)). Raises OSError if the server lives, or the file is no socket."""
     with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         found = os.lstat(path)
         if not stat.S_ISSOCK(found.st_mode):
@@ -541,7 +538,7 @@ def _make_tls_context(settings: Settings) -> ssl.SSLContext | None:
         context.load_cert_chain(cert, key, lambda: "")  # or OpenSSL would ask the terminal for a pass phrase
     except OSError as error:
         raise ConfigError(
-            f"cannot use the certificate {cert!r} with the key {key!r}: both must be readable PEM, belong together, and "
+            f"cannot use the certificate {cert!r} with the key {key!r}: both must be readable PEM, belong together and "
             f"have no pass phrase; the key is looked for beside the certificate unless --tls-key names it ({error})"
         ) from None
     return context
@@ -553,7 +550,7 @@ def _descriptor_limit(limit: int) -> int:
 
 
 def _tune(sock: socket.socket, seconds: int) -> None:
-    """Send small pieces at once, and probe peers that are silent for so long (tcp(7)). Raises OSError if it is reset."""
+    """Send small pieces at once, and probe peers that are silent for so long (tcp(7)). Raises OSError."""
     # Without TCP_NODELAY the end of an answer waits for the acknowledgement of its head, which is 40 ms late.
     idle = getattr(socket, "TCP_KEEPIDLE", 0x10)  # TCP_KEEPALIVE on macOS
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -698,7 +695,10 @@ _LINGER_SECONDS = 2.0  # for a client to read an answer that ends in a close (RF
 _BODY_SECONDS = 30.0  # for a form to arrive
 _REPLY_SECONDS = 30.0  # for a client to take an answer without a run
 
-_PLAIN_HTTP_ANSWER = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\nthis port speaks TLS: use https\n"
+_PLAIN_HTTP_ANSWER = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"this port speaks TLS: use https\n"
+)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -772,8 +772,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     @contextmanager
     def _within(self, seconds: float, part: str = "") -> Iterator[None]:
-        """Let the client send for so long. Meanwhile it may be evicted. Raises Error if a part of a request is late, and
-        _Gone for other clients."""
+        """Let the client send for so long. Meanwhile it may be evicted. Raises Error if a part of a request is late,
+        and _Gone for other clients."""
         client, idle = self.wfile, self.server.idle
         client.deadline = monotonic() + seconds
         idle[client] = True
@@ -943,9 +943,8 @@ _TRAILER_BYTES = 8 * 1024
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(rf"({_TOKEN}):([\t -~\x80-\xff]*)")
-_CHUNK_LINE = re.compile(
-    rf'([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[^"\\\x00-\x1f\x7f]|\\[\t -~])*"))?)*'
-)
+_CHUNK_VALUE = rf'{_TOKEN}|"(?:[^"\\\x00-\x1f\x7f]|\\[\t -~])*"'
+_CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_CHUNK_VALUE}))?)*")
 _AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?"
 _TARGET = re.compile(rf"(?:(?i:https?)://({_AUTHORITY}))?(/[^?#]*|\Z)(?:\?([^#]*))?")
 _SINGLE_HEADER = re.compile("host|content-length|content-type|origin|authorization|expect")
@@ -1286,12 +1285,7 @@ class Site:
     """The commands behind their URLs. Without a `closing` bell, as under WSGI, no run outlives its client."""
 
     def __init__(
-        self,
-        commands: _Commands,
-        settings: Settings,
-        reach: Reach,
-        socket_path: str = "",
-        closing: _Bell | None = None,
+        self, commands: _Commands, settings: Settings, reach: Reach, socket_path: str = "", closing: _Bell | None = None
     ) -> None:
         if sum(command.is_source for command in commands.values()) > 1:
             raise ConfigError("standard input can be served only once: leave one NAME=-")
@@ -1392,10 +1386,9 @@ class Site:
         stderr = "merge" if options.format == "text" and not keeping else "separate"
         launch = command.bind(name, values, stderr, "pipe" if takes_input else "none")
         is_own = name not in self._commands
-        if options.format == "sse" and "last-event-id" in request.headers:
-            # An EventSource reconnects when its run has ended, and must not start another.
-            if not (is_own or self.runs.find_shared(entry)):
-                return Reply(204, headers)
+        is_reconnect = options.format == "sse" and "last-event-id" in request.headers
+        if is_reconnect and not (is_own or self.runs.find_shared(entry)):
+            return Reply(204, headers)  # an EventSource whose run has ended must not start another
         if request.method == "HEAD":
             return Reply(200, headers)
         make = _maker(launch)
@@ -1715,8 +1708,8 @@ _BRACE = re.compile(
     r" | (?P<open> \{ [A-Za-z_][A-Za-z0-9_]* ) (?= [}:=] )",
     re.VERBOSE | re.DOTALL,
 )  # fmt: skip
-# Stands for a placeholder: \0, an underscore (or the name could be a word of the shell's), its name, \1. No argument can
-# hold a NUL, and to shlex both are ordinary characters, so that the text of a placeholder is never split or unquoted.
+# Stands for a placeholder: \0, an underscore (or the name could be a shell's word), its name, \1. No argument can hold
+# a NUL, and to shlex both are ordinary characters, so that the text of a placeholder is never split or unquoted.
 _MARK = re.compile("\0_(\\w+)\1")
 
 # Scripts are not parsed. A shell neither splits nor expands a word, int, path or choice, wherever it stands; any other
@@ -2135,10 +2128,10 @@ def _diagnostics() -> Iterator[tuple[str, Command]]:
     for line in _DIAGNOSTICS.strip().splitlines():
         name, about, *ways = line.split(" | ")
         for way in ways:
-            needed, line = re.findall(r"(?<![^ \[])/[^ ]+?(?=\]? |\]?$)", way), way.rpartition("] ")[2]
-            task = {"_load": _load, "_disk": _disk}.get(line) or (_reading(line) if line[0] == "/" else None)
-            if all(map(glob.glob, needed)) and (task or shutil.which(line.split()[0])):
-                yield name, Command(task or line, about)
+            needed, shown = re.findall(r"(?<![^ \[])/[^ ]+?(?=\]? |\]?$)", way), way.rpartition("] ")[2]
+            task = {"_load": _load, "_disk": _disk}.get(shown) or (_reading(shown) if shown[0] == "/" else None)
+            if all(map(glob.glob, needed)) and (task or shutil.which(shown.split()[0])):
+                yield name, Command(task or shown, about)
                 break
 
 
@@ -2177,7 +2170,7 @@ _REMIND_SECONDS = 0.25
 _BLOCK_MIN_BYTES = 16 * 1024
 _BLOCK_MAX_BYTES = 512 * 1024
 _SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ, which Python has since 3.10; systems other than Linux refuse it
-_WATCHDOG = "read -r _; kill -s TERM -- -$0; sleep $1; kill -s KILL -- -$0"  # dash takes -- only behind -s
+_WATCHDOG = "read -r _; kill -TERM -$0; sleep $1; kill -KILL -$0"  # in the spelling that every shell takes
 # Why the server ends a run, besides its timeout and its output limit.
 _CLIENT_GONE = "client gone"
 _CLIENT_STALLED = "client stalled"
@@ -2254,7 +2247,7 @@ class _Runs:
         with self._lock:
             if len(self.active) >= self.max_runs:
                 raise _busy(f"{self.max_runs} of {self.max_runs} runs are going on")
-            if command.max and sum(entry.name == name for entry in self.active.values()) >= command.max:
+            if command.max and sum(entry.name == name for entry in list(self.active.values())) >= command.max:
                 raise _busy(f"{command.max} of {command.max} runs of {name!r} are going on")
 
     def start(self, entry: _Entry, make: _Maker) -> Run:
@@ -2382,7 +2375,7 @@ class _Runs:
         """The counts in Prometheus' text format (version 0.0.4)."""
         with self._lock:
             counts = self._counts.copy()
-            for entry in self.active.values():
+            for entry in list(self.active.values()):
                 counts[f'runs_active{{command="{entry.name}"}}'] += 1
         counts["clients"] = client_count
         lines = []
@@ -2946,7 +2939,7 @@ class Task(Run):
         self._write_lock = Lock()  # guards the writer: threads that the task starts may log, too
         reader, writer = os.pipe()
         self.outputs[reader] = "stdout", _own(reader)
-        self._writer = open(writer, "wb", buffering=0)
+        self._writer = io.FileIO(writer, "wb")  # a write to it waits for the client
         _files.add(self._writer)
         run = contextvars.copy_context().run
         try:
@@ -2984,7 +2977,7 @@ class Task(Run):
             self._writer.close()
         _task.set(None)
         release()
-        self._agenda[partial(self._note_exit, code)] = 0.0  # before all else that is due
+        self.later(-math.inf, partial(self._note_exit, code))  # before all else that is due
         self.bell.ring()
 
     def _write_result(self, result: object) -> None:
@@ -3581,7 +3574,7 @@ def _open_transcript(settings: Settings, size: int) -> Transcript:
     (file-hierarchy(7)). Raises Error."""
     folder = settings.transcripts or os.environ.get("TMPDIR") or "/var/tmp"
     try:
-        file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         _files.add(file)
         return Transcript(size, file)
     except OSError as error:
@@ -3905,7 +3898,8 @@ _STYLE = (
     + """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.45 system-ui, sans-serif }
-body:has(aside) { height: 100vh; height: 100dvh; display: grid; grid: "top" auto "list" 1fr "view" 45% / minmax(0, 1fr) }
+body:has(aside) { height: 100vh; height: 100dvh; display: grid;
+  grid: "top" auto "list" 1fr "view" 45% / minmax(0, 1fr) }
 body:not(:has(aside)) { font-size: .85rem; padding: .3rem }
 header { grid-area: top; padding: .6rem 1rem; border-bottom: 1px solid var(--line) }
 main { grid-area: list; overflow: auto; padding: 0 1rem }
@@ -4029,7 +4023,7 @@ def _make_commands(commands: Mapping[str, _Given]) -> dict[str, Command]:
     return made
 
 
-def start(
+def start(  # noqa: PLR0913
     commands: Mapping[str, _Given],
     *,
     port: int = 8000,
@@ -4273,6 +4267,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if options.check:
             _print(*itertools.starmap(_describe, commands.items()))
         else:
+            level = logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO
+            logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z", level=level)
             _serve(_listen(commands, options), commands, options)
     except Error as error:
         print(f"streamlog: {error}", file=sys.stderr)
@@ -4418,11 +4414,6 @@ def _serve(server: Server, commands: _Commands, options: _Flags) -> None:
     The first signal shuts the server down, the second one kills; SIGHUP may read the commands again. Handlers do
     nothing: Python writes each signal's number into `signals` (set_wakeup_fd), which is read here.
     """
-    logging.basicConfig(
-        format="%(asctime)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S%z",
-        level=logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO,
-    )
     can_reload = bool(options.config or options.tls_cert) and not _has_terminal()
     # A thread that waits for the interpreter's lock asks for it at this interval. At the usual 5 ms, two thousand
     # clients that leave at once keep two processors busy with nothing else for seconds.

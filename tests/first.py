@@ -19,7 +19,7 @@ SCRIPTS = (
 def main(count: int) -> None:
     settings = Settings(grace_seconds=0.05, drain_seconds=0.02)
     for number in range(count):
-        run = Process(Command(SCRIPTS[number % len(SCRIPTS)]).bind("x", {}), settings, None, lambda: None)
+        run = Process(Command(SCRIPTS[number % len(SCRIPTS)]).bind("x", {}), settings, None, lambda: None)  # type: ignore[arg-type]
         while not run.is_over:
             for descriptor in run.wait({}):
                 run.read(descriptor)

@@ -23,7 +23,7 @@ def set_next_pid(pid: int) -> None:
 def leave_group() -> Process:
     """A run whose leader is reaped, and which does not know that the rest of its group has gone."""
     script = "!(trap '' TERM; sleep 300) >/dev/null 2>&1 & sleep 0.01"
-    run = Process(Command(script).bind("x", {}), Settings(grace_seconds=60), None, lambda: None)
+    run = Process(Command(script).bind("x", {}), Settings(grace_seconds=60), None, lambda: None)  # type: ignore[arg-type]
     while not run.is_over:
         for descriptor in run.wait({}).keys() & run.outputs.keys():
             run.read(descriptor)

@@ -312,7 +312,7 @@ class Attacks(ServerCase):
 
     @unittest.skipIf(DESCRIPTORS < 5000, "needs 5000 descriptors")
     def test_two_thousand_connections_at_once_are_all_answered(self) -> None:
-        # Alone on a machine of two cores it is less than one second. Their 32 KiB each leave holes in Python 3.9's heap.
+        # Alone on two cores it takes less than a second. Their 32 KiB each leave holes in the heap of Python 3.9.
         with self.attacked(within=5, memory=2000 * (32 << 10)) as program:
             with self.swarm(program, 2000, b"GET /-/healthy HTTP/1.1\r\nHost: localhost\r\n\r\n") as clients:
                 for client in clients:

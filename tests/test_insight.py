@@ -104,7 +104,12 @@ class Log(InsightCase):
         for number in range(16_000):
             (self.logger if number % 2 else logging.root).info("%s", "x\n" * 2000)
         slowest, over = 0.0, threading.Event()
-        thread = threading.Thread(target=lambda: (self.fetch(server, "/log?tail=1&follow=0"), over.set()))
+
+        def look() -> None:
+            self.fetch(server, "/log?tail=1&follow=0")
+            over.set()
+
+        thread = threading.Thread(target=look)
         thread.start()
         while not over.is_set():
             started = time.perf_counter()

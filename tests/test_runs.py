@@ -28,7 +28,7 @@ class RunCase(ServerCase):
         def release() -> None:
             self.released += 1
 
-        launch = Command(line, stderr=stderr).bind("x", {})
+        launch: Any = Command(line, stderr=stderr).bind("x", {})
         run = Process(launch, Settings(**{"grace_seconds": 1.0, "drain_seconds": 0.5, **settings}), timeout, release)
         self.addCleanup(run.close)
         return run
@@ -314,7 +314,7 @@ class Starts(RunCase):
             (Command("true " + "x" * 200_000), "cannot start 'true': Argument list too long"),
         ):
             with self.subTest(told=told), self.assertRaises(Error) as caught:
-                Process(command.bind("x", {}), Settings(), None, self.fail)
+                Process(command.bind("x", {}), Settings(), None, self.fail)  # type: ignore[arg-type]
             self.assertEqual((str(caught.exception), caught.exception.status), (told, 500))
 
     def test_a_shortage_is_a_503_and_leaves_nothing(self) -> None:
@@ -355,7 +355,7 @@ class Starts(RunCase):
         command = Command("tool", env={"PATH": ":".join(map(str, folders)) + ":/bin:/usr/bin"})
 
         def run() -> bytes:
-            process = Process(command.bind("x", {}), Settings(), None, lambda: None)
+            process = Process(command.bind("x", {}), Settings(), None, lambda: None)  # type: ignore[arg-type]
             self.addCleanup(process.close)
             return self.read_all(process)
 
