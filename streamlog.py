@@ -68,7 +68,7 @@ import sys
 
 if os.name != "posix" or sys.version_info < (3, 9):  # checked first: an import below would fail with less help
     _NEEDS = "streamlog needs Python 3.9 or newer on a POSIX system (Linux, macOS; on Windows, WSL)"
-    if os.path.basename(sys.argv[0]).startswith("streamlog"):
+    if __name__ == "__main__":
         sys.exit(_NEEDS)
     raise ImportError(_NEEDS)
 
@@ -177,7 +177,7 @@ class _Rule(NamedTuple):
 
     def parse(self, name: str, text: str) -> Any:
         """The value of a text. Raises ConfigError."""
-        with suppress(ValueError, KeyError):
+        with suppress(ValueError):
             value = self.read(text)
             if self.is_right(value):
                 return value
@@ -185,8 +185,8 @@ class _Rule(NamedTuple):
 
 
 def _read_size(text: str) -> int:
-    digits, unit = text[:-1], text[-1:].upper()
-    return int(digits) << 10 * " KMGT".index(unit) if unit.isalpha() else int(text)
+    unit = " KMGT".find(text[-1:].upper())
+    return int(text[:-1]) << 10 * unit if unit > 0 else int(text)
 
 
 _TEXT = _Rule(str, lambda text: True, "text")
@@ -1690,12 +1690,11 @@ _TYPES = {  # the pattern of a value, and what an error demands
     "path": (r"[A-Za-z0-9_.,:@%+=/-]+", "must be path (letters, digits and _.,:@%+=-/)"),
     "text": (r"(?s:.*)", "must be printable text"),
 }
-_HIDDEN_ENVIRONMENT = re.compile(r"STREAMLOG_.*|LISTEN_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY")
 _PLAIN_TEXT = "text/plain; charset=utf-8"
 # Of the values of a request, each counted as often as it is used: half of what Linux takes for one argument or variable
 # (MAX_ARG_STRLEN, execve(2)), so that the rest of the command line has room.
 _VALUE_BYTES = 64 * 1024
-_UP = re.compile(r"(?<![\w.])\.\.(?![\w.])", re.ASCII)  # a path that goes up
+_UP = re.compile(r"(?a)(?<![\w.])\.\.(?![\w.])")  # a path that goes up
 
 # A placeholder. Its type may be a regular expression, and a = in brackets or parentheses is part of that.
 _PLACEHOLDER = r"""\{ (?P<name> [A-Za-z_][A-Za-z0-9_]* )
@@ -1704,20 +1703,17 @@ _PLACEHOLDER = r"""\{ (?P<name> [A-Za-z_][A-Za-z0-9_]* )
     (?: = (?P<default> (?: \\. | \{ [^{}]* \} | [^{}\\] )* ) )? \}"""
 # The braces of a command line: the shell's ${, a literal {{name}}, a placeholder, and one that is never closed.
 _BRACE = re.compile(
-    r"\$\{ | \{ (?P<literal> " + re.sub(r"\?P<\w+>", "?:", _PLACEHOLDER) + r" ) \} | " + _PLACEHOLDER +
-    r" | (?P<open> \{ [A-Za-z_][A-Za-z0-9_]* ) (?= [}:=] )",
-    re.VERBOSE | re.DOTALL,
+    r"(?xs) \$\{ | \{ (?P<literal> " + re.sub(r"\?P<\w+>", "?:", _PLACEHOLDER) + r" ) \} | " + _PLACEHOLDER +
+    r" | (?P<open> \{ [A-Za-z_][A-Za-z0-9_]* ) (?= [}:=] )"
 )  # fmt: skip
-# Stands for a placeholder: \0, an underscore (or the name could be a shell's word), its name, \1. No argument can hold
-# a NUL, and to shlex both are ordinary characters, so that the text of a placeholder is never split or unquoted.
+# Stands for a placeholder: \0, an underscore (the name may be a keyword of the shell), its name, \1. No argument can
+# hold a NUL, and shlex takes both for ordinary characters, so it never splits or unquotes the text of a placeholder.
 _MARK = re.compile("\0_(\\w+)\1")
 
 # Scripts are not parsed. A shell neither splits nor expands a word, int, path or choice, wherever it stands; any other
 # value is safe only in the assignments at the beginning, where a shell does not split (sh(1), simple commands).
 _SAFE = "[\\w.,:/%@+-]|\0\\w+\1"
-_ASSIGNMENTS = re.compile(
-    rf'\s*(?:[A-Za-z_]\w*=(?:(?:{_SAFE})*|"(?:[ ]|{_SAFE})*")(?:[ \t]*[;\n]\s*|[ \t]+|$))*', re.ASCII
-)
+_ASSIGNMENTS = re.compile(rf'(?a)\s*(?:[A-Za-z_]\w*=(?:(?:{_SAFE})*|"(?:[ ]|{_SAFE})*")(?:[ \t]*[;\n]\s*|[ \t]+|$))*')
 # bash and ksh evaluate names in arithmetic: the word `x` would evaluate what the variable x holds. So do they in the
 # offset of ${name:1}, in a subscript, and ksh around -eq.
 _ARITHMETIC = re.compile(
@@ -1733,8 +1729,7 @@ _PROGRAM_PLACE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """A placeholder of a command: what a URL may give for it."""
 
     name: str
@@ -1793,11 +1788,11 @@ def _mark_placeholders(line: str, parameters: dict[str, Parameter]) -> str:
 def _check_script(marked: str, parameters: Mapping[str, Parameter]) -> None:
     """Refuse a parameter whose value a shell could split, expand, evaluate or run where it stands."""
     for name in _MARK.findall(_ASSIGNMENTS.sub("", marked, count=1)):
-        type_ = parameters[name].type
-        if type_ not in ("word", "int", "path") and not parameters[name].choices:
+        one = parameters[name]
+        if one.type not in ("word", "int", "path") and not one.choices:
             raise ConfigError(
-                f"parameter {name!r} of type {type_} may stand only in assignments at the beginning of the "
-                f'script, where a shell does not split it: !{name}={{{name}:{type_}}}; ... "${name}"'
+                f"parameter {name!r} of type {one.type} may stand only in assignments at the beginning of the "
+                f'script, where a shell does not split it: !{name}={{{name}:{one.type}}}; ... "${name}"'
             )
     for one in parameters.values() if _ARITHMETIC.search(marked) else ():
         if one.type != "int" and not one.choices:
@@ -1842,12 +1837,6 @@ def _read_switch(text: str) -> Any:
 
 
 _SWITCH_RULE = _Rule(_read_switch, (True, False).__contains__, "yes or no")
-_PTY_RULE = _Rule(_read_switch, (True, False, "echo").__contains__, "yes, no or echo")
-_ENV_RULE = _Rule(
-    lambda text: dict(line.strip().split("=", 1) for line in text.splitlines() if line.strip()),
-    lambda env: all(re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) and "\0" not in env[name] for name in env),
-    "NAME=value, one a line",
-)
 _OPTIONS: Mapping[str, _Rule] = {  # of a command
     "command": _TEXT,
     "about": _TEXT,
@@ -1856,10 +1845,14 @@ _OPTIONS: Mapping[str, _Rule] = {  # of a command
     "max": _COUNT_1,
     "stderr": _Rule(str, ("merge", "separate", "discard").__contains__, "merge, separate or discard"),
     "stdin": _SWITCH_RULE,
-    "pty": _PTY_RULE,
+    "pty": _Rule(_read_switch, (True, False, "echo").__contains__, "yes, no or echo"),
     "shared": _SWITCH_RULE,
     "cwd": _TEXT,
-    "env": _ENV_RULE,
+    "env": _Rule(
+        lambda text: dict(line.strip().split("=", 1) for line in text.splitlines() if line.strip()),
+        lambda env: all(re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and "\0" not in env[name] for name in env),
+        "NAME=value, one a line",
+    ),
     "type": _Rule(str, re.compile(r"[!-~]+/[!-~]+( *;[ -~]+)?").fullmatch, "a Content-Type such as text/csv"),
 }
 
@@ -1909,9 +1902,10 @@ class Command:
             self.line = f"{name}({', '.join(self.parameters)})" if name.isidentifier() else name
         else:
             self.line = given if isinstance(given, str) else shlex.join(given)
-            self._arguments = self._read_words([given] if isinstance(given, str) else given)
-        # As written; empty if none is started by this name.
-        self.program = "/bin/sh" if self.is_shell else "" if callable(given) or self.is_source else self._arguments[0]
+            self._arguments = self._read_words(
+                ["cat" if self.is_source else given] if isinstance(given, str) else given
+            )
+        self.program = "/bin/sh" if self.is_shell else "" if callable(given) else self._arguments[0]
         self.defaults = {one.name: one.default for one in self.parameters.values()}
         for one in self.parameters.values():
             for value in [*one.choices, *([] if one.default is None else [one.default])]:
@@ -1919,7 +1913,8 @@ class Command:
                     list(map(partial(self._complete, "", {one.name: value}), self._arguments))
                 except Error as error:
                     raise ConfigError(f"default or choice of {error}") from None
-        inherited = {key: value for key, value in os.environ.items() if not _HIDDEN_ENVIRONMENT.fullmatch(key)}
+        hidden = "STREAMLOG_.*|LISTEN_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY"
+        inherited = {key: value for key, value in os.environ.items() if not re.fullmatch(hidden, key)}
         # Python's newer prompt redraws itself with each key, which curl cannot show.
         terminal = {"TERM": "xterm-256color", "PYTHON_BASIC_REPL": "1"} if self.pty else {}
         self._environment = {**inherited, "PYTHONUNBUFFERED": "1", **terminal, **self.env}
@@ -1945,7 +1940,7 @@ class Command:
                 marked = shlex.split(marked[0])
             except ValueError as error:
                 raise ConfigError(f"cannot be split into arguments: {str(error).lower()}") from None
-        if not marked or not marked[0]:
+        if not any(marked[:1]):
             raise ConfigError("the command line is empty")
         if "\0" in marked[0] and not self.is_shell:
             raise ConfigError("the program itself cannot be a parameter")
@@ -1956,15 +1951,14 @@ class Command:
 
         `stderr` is where standard error goes unless the command itself says so, `stdin` what standard input is.
         """
-        if self.is_source:
-            return Launch(["cat"], self._environment, None, "merge", "own")
-        bound: dict[str, Any] = {key: values.get(key, default) for key, default in self.defaults.items()}
-        for key, value in bound.items():
-            if value is None:
+        bound: dict[str, Any] = {}
+        for key, default in self.defaults.items():
+            bound[key] = values.get(key, default)
+            if bound[key] is None:
                 raise Error(f"parameter {key!r} of {name!r} is required: give it as {key}=...")
         argv = list(map(partial(self._complete, f" of {name!r}", bound), self._arguments))
-        used = _MARK.findall("".join(self._arguments))
-        if sum(len(bound[key].encode(errors="replace")) for key in used) > _VALUE_BYTES:
+        uses = _MARK.findall("".join(self._arguments))
+        if sum(len(bound[use].encode(errors="replace")) for use in uses) > _VALUE_BYTES:
             raise Error(f"the values of {name!r} may have {_VALUE_BYTES} bytes at most, each as often as it is used")
         if callable(self.command):
             try:
@@ -1975,7 +1969,14 @@ class Command:
         if self.is_shell:
             argv = ["/bin/sh", "-c", _MARK.sub(r"${arg_\1}", self._arguments[0])]
             env = {**env, **{f"arg_{key}": value for key, value in bound.items()}}
-        return Launch(argv, env, self.cwd, self.stderr or ("merge" if self.pty else stderr), stdin, self.pty)
+        return Launch(
+            argv,
+            env,
+            self.cwd,
+            self.stderr or ("merge" if self.pty else stderr),
+            "own" if self.is_source else stdin,
+            self.pty,
+        )
 
     def _complete(self, of: str, bound: _Texts, argument: str) -> str:
         """Put values into an argument, or into a script. Raises Error for one that must not stand there."""
@@ -2016,9 +2017,8 @@ def _read_signature(task: _Function, parameters: dict[str, Parameter]) -> Iterat
         choices: dict[str, Any] = {}
         if typing.get_origin(annotation) is Literal:
             choices = {str(value): value for value in typing.get_args(annotation)}
-        elif isinstance(annotation, enum.EnumMeta):
-            members: Any = annotation
-            choices = {one.value if isinstance(one.value, str) else one.name: one for one in members}
+        elif hasattr(annotation, "__members__"):  # an Enum
+            choices = {member.value if isinstance(member.value, str) else member.name: member for member in annotation}
         elif annotation not in (str, int):
             raise ConfigError(
                 f"parameter {name!r} of a task must be a str, an int, a Literal or an Enum: {annotation!r}"
@@ -2055,17 +2055,6 @@ def _parse_command_argument(text: str) -> tuple[str, Command]:
     return name, _make_command(name, {"command": line, **({"method": method} if method else {})})
 
 
-def _read_text(path: str) -> str:
-    """What is in a file. Raises ConfigError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path!r}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
 def _read_config(path: str) -> Iterator[tuple[str, Command]]:
     """The commands of a file, in its order (configparser, without interpolation). Raises ConfigError."""
     import configparser
@@ -2081,14 +2070,15 @@ def _read_config(path: str) -> Iterator[tuple[str, Command]]:
         yield name, _make_command(name, dict(parser[name]), f"{path}: ")
 
 
-def _collect(commands: Iterable[tuple[str, Command]]) -> dict[str, Command]:
-    """Commands by name. A name that comes twice is a mistake."""
-    collected: dict[str, Command] = {}
-    for name, command in commands:
-        if name in collected:
-            raise ConfigError(f"command {name!r} is given twice: give one of them another name (NAME=COMMAND LINE)")
-        collected[name] = command
-    return collected
+def _read_text(path: str) -> str:
+    """What is in a file. Raises ConfigError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 # The read-only diagnostics that are served if no command is given: a name, what it shows, and ways to show it. The
@@ -2151,7 +2141,7 @@ def _reading(paths: str) -> _Function:
 
 def _load() -> Iterator[str]:
     while True:
-        yield " ".join([time.strftime("%T"), *(f"{load:.2f}" for load in os.getloadavg())]) + "\n"
+        yield time.strftime("%T {:.2f} {:.2f} {:.2f}\n").format(*os.getloadavg())
         time.sleep(1)
 
 
@@ -4293,7 +4283,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
                 f"{message} (quote a command line so that the shell passes it as one argument; see --help)"
             )
 
-    parser = Parser(prog="streamlog", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("commands", nargs="*")
     parser.add_argument("--version", action="version", version=f"streamlog {__version__}")
     lines = []
@@ -4306,7 +4296,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
                 read = partial(field.metadata["rule"].parse, names[-1])
                 how = {"action": "append" if field.default == () else "store", "type": read}
             parser.add_argument(*names, dest=field.name, **how)
-            shown = f"  {flag}" if len(names) > 1 else f"      {flag}"
+            shown = f"{'  ' if len(names) > 1 else '      '}{flag}"
             lines.append(f"{shown:22} {about}" if len(shown) <= 22 else f"{shown}\n{'':22} {about}")
     return _Flags(**vars(parser.parse_intermixed_args(argv)))
 
@@ -4314,8 +4304,11 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
 def _load_commands(options: _Flags, warn: Callable[[str], object]) -> dict[str, Command]:
     """The commands of the files and of the command line; without any, this machine's diagnostics."""
     given = itertools.chain(*map(_read_config, options.config), map(_parse_command_argument, options.commands))
-    commands = _collect(given if options.config or options.commands else _diagnostics())
-    for name, command in commands.items():
+    commands: dict[str, Command] = {}
+    for name, command in given if options.config or options.commands else _diagnostics():
+        if name in commands:
+            raise ConfigError(f"command {name!r} is given twice: give one of them another name (NAME=COMMAND LINE)")
+        commands[name] = command
         for warning in _warnings(command):
             warn(f"command {name!r}: {warning}")
     return commands
@@ -4359,10 +4352,12 @@ def _warnings(command: Command) -> Iterator[str]:
 
 def _listen(commands: _Commands, options: _Flags) -> Server:
     """A server at its address. Raises ConfigError."""
-    token, nofile = _load_token(options.token_file), _raise_descriptor_limit()
     where = options.bind if options.bind.startswith("unix:") else f"{options.bind}:{options.port}"
     try:
-        return Server(commands, dataclasses.replace(options, token=token, child_nofile=nofile), _take_listener())
+        settings = dataclasses.replace(
+            options, token=_load_token(options.token_file), child_nofile=_raise_descriptor_limit()
+        )
+        return Server(commands, settings, _take_listener())
     except (OSError, UnicodeError) as error:  # the latter for a host name that cannot be one
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot listen on {where}: {why}; choose another address with -b and -p") from None
@@ -4375,7 +4370,7 @@ def _load_token(path: str | None) -> str:
         token, where = _read_text(path).strip(), path
         if os.stat(path).st_mode & 0o077:
             _warn(f"others can read {path!r}: chmod 600 {path}")
-    if token is not None and (not token or not token.isprintable()):
+    if token is not None and not (token and token.isprintable()):
         raise ConfigError(f"the token in {where} must be one line of printable characters, and not empty")
     return token or ""
 
@@ -4395,7 +4390,7 @@ def _take_listener() -> socket.socket | None:
     """The socket that systemd has opened for us, if it has (sd_listen_fds(3)). Raises ConfigError, or OSError."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None
-    count = os.environ.get("LISTEN_FDS", "0")
+    count = os.environ.get("LISTEN_FDS")
     if count != "1":
         raise ConfigError(f"only one socket from systemd can be used, and there are {count}: leave one ListenStream=")
     listener = socket.socket(fileno=3)
@@ -4453,8 +4448,8 @@ def _serve(server: Server, commands: _Commands, options: _Flags) -> None:
         signals.close()
 
 
-def _take_signals(can_reload: bool) -> tuple[_Bell, set[int]]:
-    """Have the numbers of signals written into a bell. Returns it, and the signals."""
+def _take_signals(can_reload: bool) -> tuple[_Bell, set[signal.Signals]]:
+    """Have Python write the number of each signal into a bell. Returns the bell, and the signals."""
     signals, handled = _Bell(), {signal.SIGINT, signal.SIGTERM}
     if can_reload or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         handled.add(signal.SIGHUP)
@@ -4463,16 +4458,19 @@ def _take_signals(can_reload: bool) -> tuple[_Bell, set[int]]:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
     for one in handled:  # commands would inherit an ignored signal, but not a handler
         signal.signal(one, lambda *_: None)
-    return signals, set(handled)
+    return signals, handled
 
 
 def _announce(server: Server, commands: _Commands, is_quiet: bool) -> None:
     """Print where the server listens, and how curl runs each command."""
     settings = server.settings
     if server.reach is Reach.NETWORK and not (settings.token and settings.tls_cert):
-        everyone = "anyone who reaches %s can run every command: those that change things should be POST"
-        in_clear = "the token goes to %s in the clear: use --tls-cert, or a proxy with TLS in front"
-        _log.warning(in_clear if settings.token else everyone, server.url)
+        _log.warning(
+            "the token goes to %s in the clear: use --tls-cert, or a proxy with TLS in front"
+            if settings.token
+            else "anyone who reaches %s can run every command: those that change things should be POST",
+            server.url,
+        )
     url = f"{settings.scheme}://localhost" if server.socket_path else server.url
     lines = [server.site.curl_line(url, name, command) for name, command in commands.items()]
     _print(*([server.url] if is_quiet else [f"streamlog: listening on {server.url}", *lines]))
@@ -4500,11 +4498,9 @@ def _reload(server: Server, options: _Flags) -> None:
 
 def _notify(state: str) -> None:
     """Tell systemd the state, if it wants to know (sd_notify(3))."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(1)
-            sock.sendto(state.encode(), re.sub("^@", "\0", path))
+    with suppress(OSError, KeyError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(1)
+        sock.sendto(state.encode(), re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"]))
 
 
 def _has_terminal() -> bool:

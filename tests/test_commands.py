@@ -442,9 +442,8 @@ class Config(unittest.TestCase):
             list(streamlog._read_config("/nowhere"))
 
     def test_a_name_given_twice_is_a_mistake(self) -> None:
-        command = Command("true")
         with self.assertRaisesRegex(ConfigError, "'x' is given twice"):
-            streamlog._collect(iter([("x", command), ("x", command)]))
+            streamlog._load_commands(streamlog._Flags(commands=["x=true", "x=false"]), print)
 
     def test_an_argument_is_a_name_and_a_line_or_a_line_alone(self) -> None:
         for text, name, method, line in (
