@@ -129,19 +129,8 @@ from types import MappingProxyType
 from typing import IO, Any, Callable, Literal, NamedTuple, NoReturn, Optional, Union
 
 __version__ = "0.1.0"
-__all__ = [
-    "Command",
-    "ConfigError",
-    "Error",
-    "Server",
-    "Settings",
-    "Stream",
-    "serve",
-    "start",
-    "stopping",
-    "stream",
-    "wsgi",
-]
+__all__ = ["Command", "ConfigError", "Error", "Server", "Settings", "Stream"]
+__all__ += ["serve", "start", "stopping", "stream", "wsgi"]
 
 _log = logging.getLogger("streamlog")
 
@@ -367,12 +356,15 @@ class Server(http.server.ThreadingHTTPServer):
         return self
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until shutdown. (A descriptor wakes it, so `poll_interval` is not used.)"""
+        """Serve until shutdown. The main thread looks up at intervals: a signal that comes right before it waits would
+        else be acted on only after the next event."""
+        interval = poll_interval if threading.current_thread() is threading.main_thread() else math.inf
         if self._owner != os.getpid():  # one of several processes that share a listener ends by itself
             self._owner, self.closing = os.getpid(), _Bell()
             self.site.runs._closing = self.closing
         while not self.is_closing:
-            if self.fileno() in _poll({self.closing.descriptor: POLLIN, self.fileno(): POLLIN}):
+            watched = {self.closing.descriptor: POLLIN, self.fileno(): POLLIN}
+            if self.fileno() in _poll(watched, monotonic() + interval):
                 try:
                     self._accept()
                 except (BlockingIOError, ConnectionAbortedError):  # the client has left already

@@ -605,10 +605,10 @@ class Departures(ServerCase):
 
     def test_a_stop_while_the_client_of_two_outputs_is_stuck_leaves_nothing(self) -> None:
         note = self.folder / "note"
-        command = Command(f"!yes >&2 & echo $$ $! > {note}; exec yes", stderr="separate", timeout=0.8)
+        command = Command(f"!yes >&2 & echo $$ $! > {note}; exec yes", stderr="separate", timeout=1.5)
         for way in ("timeout", "close", "reset"):
             for format_ in ("text", "html", "sse", "ndjson"):
-                server = self.serve({"x": command})
+                server = self.serve({"x": command}, drain_seconds=0.1)
                 with self.subTest(way=way, format=format_), self.assertLogs("streamlog") as logged:
                     client = self.connect(server, receive_buffer=4096)
                     client.get(f"/x?format={format_}")
@@ -620,7 +620,11 @@ class Departures(ServerCase):
                         client.reset()
                     elif way == "close":
                         server.close()
-                    wait_until(lambda pids=pids: not any(map(is_alive, pids)), "both are gone", 2)  # type: ignore[misc]
+                    wait_until(lambda pids=pids: not any(map(is_alive, pids)), "both are gone", 4)  # type: ignore[misc]
+                    if way == "timeout":
+                        time.sleep(0.2)  # the drain time, after which the outputs are closed
+                        self.assertTrue(client.is_closed())
+                        self.assertIn(b"timeout", client.buffer[-500:])
                     client.sock.close()
                     server.close()
                 self.assertFalse([line for line in logged.output if not line.startswith("INFO:")])
