@@ -151,7 +151,7 @@ class Starting(EmbeddingCase):
 
     def run_script(self, script: str) -> str:
         """Run a program to its end; what it prints."""
-        command = [sys.executable, "-c", FORKING + script]
+        command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKING + script]  # 3.12 warns of forks
         program = subprocess.Popen(command, cwd=ROOT, text=True, stdin=-3, stdout=-1, stderr=-1, start_new_session=True)
         try:
             out, err = program.communicate(timeout=40)
