@@ -220,9 +220,7 @@ class Settings:
     tls_cert: str = _setting("", "--tls-cert FILE | speak TLS, with the certificate in this PEM file", _FILE)
     tls_key: str = _setting("", "--tls-key FILE | its key, if that is in a file of its own", _FILE)
     no_auth: bool = _setting(False, "--no-auth | allow an address that other machines reach, without a token")
-    allow_hosts: Sequence[str] = _setting(
-        (), "--allow-host NAME | accept this name of the server; may be repeated", _HOST
-    )
+    allow_hosts: Sequence[str] = _setting((), "--allow-host NAME | accept this server name; may be repeated", _HOST)
     allow_origins: Sequence[str] = _setting(
         (), "--allow-origin ORIGIN | let pages of this origin use the server; may be repeated", _ORIGIN
     )
@@ -233,18 +231,12 @@ class Settings:
     terminal_size: tuple[int, int] = _setting(
         (80, 24), "--terminal COLUMNSxLINES | size of the terminal of commands that have one (80x24)", _TERMINAL
     )
-    transcripts: str = _setting(
-        "", "--transcripts DIR | keep transcripts of runs in this directory (TMPDIR, or /var/tmp)"
-    )
-    transcript_bytes: int = _setting(
-        16 << 20, "--transcript-size N | bytes that are kept of a run, the newest (16M)", _SIZE
-    )
-    transcripts_bytes: int = _setting(256 << 20, "--transcripts-size N | bytes that are kept of all runs (256M)", _SIZE)
+    transcripts: str = _setting("", "--transcripts DIR | keep transcripts in this directory (TMPDIR, or /var/tmp)")
+    transcript_bytes: int = _setting(16 << 20, "--transcript-size N | bytes kept of a run, the newest (16M)", _SIZE)
+    transcripts_bytes: int = _setting(256 << 20, "--transcripts-size N | bytes kept of all runs (256M)", _SIZE)
     kept_runs: int = _setting(100, "--keep-runs N | ended runs that are kept ({})", _COUNT)
     kept_seconds: float = _setting(3600.0, "--keep SEC | seconds that an ended run is kept for ({:g})", _SECONDS)
-    linger_seconds: float = _setting(
-        5.0, "--linger SEC | seconds that a shared run outlives its viewers ({:g})", _SECONDS
-    )
+    linger_seconds: float = _setting(5.0, "--linger SEC | seconds a shared run outlives its viewers ({:g})", _SECONDS)
     insight: bool = True  # serve /log, /stacks and /level of this program
     log: int = 0  # bytes of this program's newest log records that are kept for /log; 0: none
 
@@ -3815,9 +3807,8 @@ def _index_page(commands: _Commands, lines: _Texts, keepable: Iterable[str]) -> 
         template = _COMMAND.replace("FORM", _FORM.replace("KEEP", keep) if has_get or not command.stdin else "")
         markup = {"POST": "" if has_get else "<code>POST</code>", "FIELDS": "\n".join(_form_fields(command))}
         method = "get" if has_get else "post"
-        sections.append(
-            _fill(template, markup, NAME=name, METHOD=method, ABOUT=command.about, LINE=command.line, CURL=lines[name])
-        )
+        texts = {"NAME": name, "METHOD": method, "ABOUT": command.about, "LINE": command.line, "CURL": lines[name]}
+        sections.append(_fill(template, markup, **texts))
     title = f"streamlog on {socket.gethostname()}"
     markup = {"COMMANDS": "".join(sections) + (_RUNS_FRAME if keepable else "")}
     return _page_reply(title, _fill(_INDEX, markup, TITLE=title))
@@ -4229,9 +4220,7 @@ class _Flags(Settings):
     """The settings, and what else the command line tells."""
 
     config: Sequence[str] = _setting((), "-c, --config FILE | read commands from this file first; may be repeated")
-    token_file: Optional[str] = _setting(
-        None, "--token-file FILE | demand the token in this file; or set STREAMLOG_TOKEN"
-    )
+    token_file: Optional[str] = _setting(None, "--token-file FILE | demand the token in it; or set STREAMLOG_TOKEN")
     check: bool = _setting(False, "--check | print the commands as they were understood, and exit")
     verbose: bool = _setting(False, "-v, --verbose | also log each start of a command")
     quiet: bool = _setting(False, "-q, --quiet | print only the address at start, and log only warnings")
@@ -4271,9 +4260,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
             return _fill((__doc__ or "").partition("\nfor developers:")[0], {"OPTIONS": "\n".join(lines)})
 
         def error(self, message: str) -> NoReturn:
-            raise ConfigError(
-                f"{message} (quote a command line so that the shell passes it as one argument; see --help)"
-            )
+            raise ConfigError(f"{message} (quote each command line, so that it is one argument; see --help)")
 
     parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("commands", nargs="*")
