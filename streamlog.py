@@ -437,13 +437,13 @@ class Server(http.server.ThreadingHTTPServer):
         """
         if self._owner != os.getpid():  # a fork's copy
             return
+        count = len(self.site.runs.active)
+        if count:
+            _log.info("closing: %d runs are asked to end, and killed after %g s", count, self.settings.grace_seconds)
         self.shutdown()
         if self._thread:
             self._thread.join()
         self.server_close()
-        count = len(self.site.runs.active)
-        if count:
-            _log.info("closing: %d runs are asked to end, and killed after %g s", count, self.settings.grace_seconds)
         if not self._wait_until_idle(self.settings.grace_seconds + 0.5):
             self.kill()
             self._wait_until_idle(0.5)
