@@ -3420,6 +3420,7 @@ class Transcript:
         self._file = file or io.BytesIO()
         self._lock = Lock()  # guards what follows, and the place in the file
         self._changes = [(0, "stdout")]  # offsets at which the stream changes, and to which
+        self._is_failing = False  # which is logged once
         self.waiting: weakref.WeakSet[_Bell] = weakref.WeakSet()  # of readers that have read all there is
 
     def __del__(self) -> None:
@@ -3443,8 +3444,11 @@ class Transcript:
                     at = (end - len(view)) % self.size
                     self._file.seek(at)
                     view = view[self._file.write(view[: self.size - at]) :]
-            except OSError:
+            except OSError as error:
                 self._forget(end)
+                if not self._is_failing:
+                    _log.warning("a transcript has lost output: %s", error)
+                self._is_failing = True
             self.end = end
 
     def _forget(self, start: int) -> None:

@@ -100,10 +100,13 @@ class Transcripts(unittest.TestCase):
                 return super().write(data[:left])
 
         transcript, data = streamlog.Transcript(300_000, Full()), os.urandom(600_000)
-        for at in range(0, len(data), 7_000):
-            transcript.write("stdout", data[at : at + 7_000])
-            start, kept = self.read(transcript)
-            self.assertEqual((transcript.end, kept), (at + len(data[at : at + 7_000]), data[start : transcript.end]))
+        with self.assertLogs("streamlog", "WARNING") as logged:
+            for at in range(0, len(data), 7_000):
+                transcript.write("stdout", data[at : at + 7_000])
+                start, kept = self.read(transcript)
+                end = at + len(data[at : at + 7_000])
+                self.assertEqual((transcript.end, kept), (end, data[start:end]))
+        self.assertEqual([line.rpartition(": ")[2] for line in logged.output], ["[Errno 28] no space"])
         room[0] = 300_000
         transcript.write("stdout", b"again")
         self.assertEqual(self.read(transcript), (600_000, b"again"))
