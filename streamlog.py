@@ -3807,7 +3807,8 @@ def _index_page(commands: _Commands, lines: _Texts, keepable: Iterable[str]) -> 
     sections = []
     for name, command in commands.items():
         has_get = "GET" in command.methods
-        keep = _KEEP if name in keepable and "async" not in command.parameters else ""
+        can_keep = name in keepable and not command.is_source and "async" not in command.parameters
+        keep = _KEEP if can_keep else ""
         template = _COMMAND.replace("FORM", _FORM.replace("KEEP", keep) if has_get or not command.stdin else "")
         markup = {"POST": "" if has_get else "<code>POST</code>", "FIELDS": "\n".join(_form_fields(command))}
         method = "get" if has_get else "post"

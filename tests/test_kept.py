@@ -622,6 +622,11 @@ class Shared(KeptCase):
                 self.assertEqual(client.read_until(b"\r\n\r\n"), b"0\r\nExit-Code: 0\r\n\r\n")
             self.assertEqual(program.fetch("/stdin?tail=1").body, b"two\n")
             self.assertEqual(program.fetch("/stdin?async=1").status, 400)
+            with program.connect() as client:
+                client.get("/", headers=[HTML])
+                page = client.read_answer().body
+            self.assertIn(b"Start stdin", page)
+            self.assertNotIn(b"Background", page)
             program.process.stdin = None
         self.assertIn("standard input can be served only once", run_program("-p", "0", "-", "x=-").stderr)
 
