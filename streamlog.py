@@ -121,6 +121,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from http import HTTPStatus
 from logging import Logger, LogRecord
 from select import POLLIN, POLLOUT
 from threading import Condition, Lock, RLock, Thread
@@ -858,18 +859,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send_head(self, request: Request, reply: Reply) -> None:
         """Send the head of an answer."""
         client, is_chunked = self.wfile, bool(reply.run) and reply.length is None and not request.is_http_1_0
-        self.send_response_only(reply.status)
-        for header in _make_headers(self.server.site.access, request, reply):
-            self.send_header(*header)
-        self.send_header("Date", self.date_time_string())
+        headers = _make_headers(self.server.site.access, request, reply)
+        headers.append(("Date", self.date_time_string()))
         if is_chunked:
-            self.send_header("Transfer-Encoding", "chunked")
+            headers.append(("Transfer-Encoding", "chunked"))
             if request.wants_trailers:
-                self.send_header("Trailer", "Exit-Code")
+                headers.append(("Trailer", "Exit-Code"))
         if self.close_connection and not self._is_body_coming:  # said too early, it breaks an upload through a proxy
-            self.send_header("Connection", "close")
-        client.is_chunked = False
-        self.end_headers()
+            headers.append(("Connection", "close"))
+        status = f"HTTP/1.1 {reply.status} {self.responses[HTTPStatus(reply.status)][0]}"
+        client.send("\r\n".join([status, *map(": ".join, headers), "\r\n"]).encode("latin-1"))
         client.is_chunked, client.body_bytes = is_chunked, 0
 
     def finish(self) -> None:
@@ -1279,9 +1278,7 @@ class Site:
         self._can_keep = closing is not None
         self.access = Access(settings, reach)
         self.runs = _Runs(settings, closing)
-        self.count_clients: Callable[[], int] = lambda: len(
-            self.runs.active
-        )  # the server, which knows its clients, replaces it
+        self.count_clients: Callable[[], int] = self.runs.active.__len__  # the server puts its own here
         self._pages: dict[str, _Answer] = {
             "/": self._index,
             "/-/metrics": lambda _: _text_reply(
@@ -1595,7 +1592,7 @@ class _Entry:
     thread: Thread | None = None
 
     def __init__(self, name: str, command: Command, given: _Texts) -> None:
-        self.id = secrets.token_urlsafe(16)
+        self.id = ""  # of a kept run
         self.name = name
         self.command = command
         self.values = {**command.defaults, **given}
@@ -2208,7 +2205,7 @@ class _Runs:
 
     def __init__(self, settings: Settings, closing: _Bell | None) -> None:
         self.max_runs = settings.max_runs
-        self.active: dict[str, _Entry] = {}  # by id, with a slot each
+        self.active: set[_Entry] = set()  # with a slot each
         self._settings = settings
         self._closing = closing
         self._sharing = Lock()  # held while a shared run is found or started, so that each is started once
@@ -2221,7 +2218,7 @@ class _Runs:
         with self._lock:
             if len(self.active) >= self.max_runs:
                 raise _busy(f"{self.max_runs} of {self.max_runs} runs are going on")
-            if command.max and sum(entry.name == name for entry in list(self.active.values())) >= command.max:
+            if command.max and sum(entry.name == name for entry in list(self.active)) >= command.max:
                 raise _busy(f"{command.max} of {command.max} runs of {name!r} are going on")
 
     def start(self, entry: _Entry, make: _Maker) -> Run:
@@ -2229,9 +2226,9 @@ class _Runs:
         settings, timeout = self._settings, entry.command.timeout
         with self._lock:
             self.check_slot(entry.name, entry.command)
-            self.active[entry.id] = entry
+            self.active.add(entry)
             self._counts[f'runs_active{{command="{entry.name}"}}'] += 0  # shown from now on
-        release = partial(self.active.pop, entry.id, None)
+        release = partial(self.active.discard, entry)
         run = None
         try:
             run = entry.run = make(settings, settings.timeout_seconds if timeout is None else timeout, release)
@@ -2257,6 +2254,7 @@ class _Runs:
                 if room < min(_TRANSCRIPT_MIN_BYTES, size):
                     raise _busy("there is no room for another transcript")
                 entry.transcript = _open_transcript(self._settings, room)
+                entry.id = secrets.token_urlsafe(16)
                 self._kept[entry.id] = entry
             undo.callback(self._kept.pop, entry.id, None)
             undo.callback(self.start(entry, make).close)
@@ -2349,7 +2347,7 @@ class _Runs:
         """The counts in Prometheus' text format (version 0.0.4)."""
         with self._lock:
             counts = self._counts.copy()
-            for entry in list(self.active.values()):
+            for entry in list(self.active):
                 counts[f'runs_active{{command="{entry.name}"}}'] += 1
         counts["clients"] = client_count
         lines = []
@@ -2361,7 +2359,7 @@ class _Runs:
 
     def kill(self) -> None:
         """Stop every run without a grace time."""
-        for entry in list(self.active.values()):
+        for entry in list(self.active):
             if hasattr(entry, "run"):  # or else it is only being started
                 entry.run.stop(_SHUTTING_DOWN, 0)
 
@@ -2623,7 +2621,8 @@ class Run:
         """
         if self._owner != os.getpid():  # a fork's copy, whose descriptors are closed
             return
-        self.stop("closed")
+        if not self.is_gone:
+            self.stop("closed")
         while not self.is_gone:
             for descriptor in self.wait({}):
                 self.read(descriptor)
