@@ -2468,6 +2468,7 @@ class Run:
                     self.stop(_OVERTAKEN)
                     break
                 yield (format_.skip(skipped) if skipped else b"") + (format_.feed(self.stream, data) if data else b"")
+                del data  # the next block takes its place in memory
             yield format_.pause() if monotonic() >= format_.due else b""
         yield format_.end(self.outcome)
 
