@@ -297,7 +297,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.idle: OrderedDict[_Connection, bool] = OrderedDict()  # the longest idle first
         self._thread: Thread | None = None
         self._warned_at = -math.inf
-        self._divide_descriptors()
+        # Half of the descriptors are for clients, or the runs could shut all others out.
+        self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
+        self.site.runs.limit(max(1, self._client_max // _RUN_DESCRIPTORS - 2))
         super().__init__(address, _Handler, bind_and_activate=False)
         try:
             if listener is None:
@@ -314,14 +316,6 @@ class Server(http.server.ThreadingHTTPServer):
         except BaseException:
             self.close()
             raise
-
-    def _divide_descriptors(self) -> None:
-        """Keep half of them for clients, or the runs could shut all others out."""
-        self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
-        runs, affordable = self.site.runs, max(1, self._client_max // _RUN_DESCRIPTORS - 2)
-        if affordable < runs.max_runs:
-            _log.warning("there are descriptors for %d runs only, not %d: raise ulimit -n", affordable, runs.max_runs)
-            runs.max_runs = affordable
 
     def server_bind(self) -> None:
         """Bind to the address, or make the file of a unix socket. (http.server's own would ask the DNS for a name.)"""
@@ -501,13 +495,11 @@ def _clear_socket(path: str) -> None:
         if not stat.S_ISSOCK(found.st_mode):
             raise OSError(errno.EEXIST, "there is a file that is no socket")
         probe.settimeout(1)
-        try:
+        with suppress(ConnectionRefusedError):
             probe.connect(path)
-        except ConnectionRefusedError:
-            if os.path.samestat(found, os.lstat(path)):  # and not one that another server has just made
-                os.unlink(path)
-        else:
             raise OSError(errno.EADDRINUSE, "another server is using it")
+        if os.path.samestat(found, os.lstat(path)):  # and not one that another server has just made
+            os.unlink(path)
 
 
 def _make_tls_context(settings: Settings) -> ssl.SSLContext | None:
@@ -532,20 +524,6 @@ def _make_tls_context(settings: Settings) -> ssl.SSLContext | None:
 def _descriptor_limit(limit: int) -> int:
     """A limit of RLIMIT_NOFILE as a number to reckon with."""
     return _DESCRIPTORS_MAX if limit == resource.RLIM_INFINITY else min(limit, _DESCRIPTORS_MAX)
-
-
-def _tune(sock: socket.socket, seconds: int) -> None:
-    """Send small pieces at once, and probe peers that are silent for so long (tcp(7)). Raises OSError."""
-    # Without TCP_NODELAY the end of an answer waits for the acknowledgement of its head, which is 40 ms late.
-    idle = getattr(socket, "TCP_KEEPIDLE", 0x10)  # TCP_KEEPALIVE on macOS
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        (socket.TCP_NODELAY, 1),
-        (idle, seconds),
-        (socket.TCP_KEEPINTVL, max(1, seconds // 3)),
-        (socket.TCP_KEEPCNT, 3),
-    ):
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 _CUT_SECONDS = 0.5  # for the rest of an answer to reach the client while the server closes
@@ -579,19 +557,29 @@ class _Connection(io.RawIOBase):
     client leave and the server close, and looks after the run whose output is sent. Raises _Gone.
     """
 
+    run: Run | None = None  # whose output is being written
+    deadline = math.inf  # for reading and writing
+    is_chunked = False  # whether what is written goes out in chunks
+    body_bytes = 0  # that were written since the head
+    _has_unread = False  # known only where poll does not report a hang-up
+    _is_cut = False
+
     def __init__(self, sock: socket.socket, server: Server) -> None:
         self.sock = sock
-        self.run: Run | None = None  # whose output is being written
-        self.deadline = math.inf  # for reading and writing
-        self.is_chunked = False  # whether what is written goes out in chunks
-        self.body_bytes = 0  # that were written since the head
         self._server = server
         self._lock = Lock()  # TLS objects serve one thread at a time
-        self._has_unread = False  # known only where poll does not report a hang-up
-        self._is_cut = False
         sock.setblocking(False)
-        with suppress(OSError):  # a unix socket has no such options, and a client may have left
-            _tune(sock, server.settings.keepalive_seconds)
+        seconds = server.settings.keepalive_seconds  # of silence, before the client is probed (tcp(7))
+        options = {
+            socket.TCP_NODELAY: 1,  # or the end of an answer would wait for the acknowledgement of its head: 40 ms
+            getattr(socket, "TCP_KEEPIDLE", 0x10): seconds,  # TCP_KEEPALIVE on macOS
+            socket.TCP_KEEPINTVL: max(1, seconds // 3),
+            socket.TCP_KEEPCNT: 3,
+        }
+        with suppress(OSError):  # a unix socket has no such options, and a client may have left already
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in options.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def readable(self) -> bool:
         return True
@@ -604,11 +592,11 @@ class _Connection(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Send all of the data, as one chunk if the body is chunked. Waits for a slow client."""
-        if not data:  # an empty chunk would end the body
-            return 0
-        self.body_bytes += len(data)
-        self.send(*([b"%x\r\n" % len(data), data, b"\r\n"] if self.is_chunked else [data]))
-        return len(data)
+        size = len(data)
+        if size:  # an empty chunk would end the body
+            self.body_bytes += size
+            self.send(*([b"%x\r\n" % size, data, b"\r\n"] if self.is_chunked else [data]))
+        return size
 
     def send(self, *parts: bytes) -> None:
         """Send bytes without a frame of ours, and without copying them if the socket can do that."""
@@ -998,7 +986,13 @@ def _parse_head(head: Sequence[str]) -> Request:
     if major != "1":
         raise Error("this server speaks HTTP/1.1", 505)
     headers = _parse_headers(head[1:])
-    authority, path, query = ("", "*", "") if (method, target) == ("OPTIONS", "*") else _parse_target(target)
+    match = _TARGET.fullmatch(target)
+    if not match and (method, target) != ("OPTIONS", "*"):
+        raise Error("the URL must be a path that begins with '/', behind http://HOST at most")
+    authority, path, query = match.groups("") if match else ("", target, "")
+    path = _unquote(path or "/")
+    if re.search(r"[\0-\x1f\x7f]", path):
+        raise Error("the URL's path holds a control character")
     host = headers.get("host", "")
     if not re.fullmatch(_AUTHORITY, host):
         raise Error("the request needs one Host header that names a host")
@@ -1029,18 +1023,6 @@ def _parse_headers(lines: Sequence[str]) -> dict[str, str]:
     if not re.fullmatch("[0-9]{1,15}", headers.get("content-length", "0")):
         raise Error("Content-Length must be a number")
     return headers
-
-
-def _parse_target(target: str) -> tuple[str, str, str]:
-    """The authority (empty except in absolute form), decoded path and raw query of a request target."""
-    match = _TARGET.fullmatch(target)
-    if not match:
-        raise Error("the URL must be a path that begins with '/', behind http://HOST at most")
-    authority, path, query = match.groups("")
-    path = _unquote(path or "/")
-    if re.search(r"[\0-\x1f\x7f]", path):
-        raise Error("the URL's path holds a control character")
-    return authority, path, query
 
 
 def _unquote(text: str, decode: Callable[..., Any] = urllib.parse.unquote) -> Any:
@@ -1122,14 +1104,6 @@ def _printable(text: str) -> str:
 
 # A browser marks what it fetches before its user has asked for it.
 _AHEAD = re.compile("((sec-|x-)?purpose|x-moz):.*(?i:prefetch|prerender|preview)")
-_COMMON_HEADERS = {
-    "Server": "streamlog",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "SAMEORIGIN",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Referrer-Policy": "same-origin",  # without a referrer a browser sends `Origin: null` even to the page's own server
-    "Cache-Control": "no-cache, no-store, no-transform",
-}
 _CORS_HEADERS = {
     "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID, Prefer, Range",
@@ -1146,7 +1120,13 @@ class Access:
         self._scheme = settings.scheme
         self._origins = {origin.lower() for origin in settings.allow_origins}
         self._headers = {
-            **_COMMON_HEADERS,
+            "Server": "streamlog",
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "SAMEORIGIN",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            # Without a referrer a browser sends `Origin: null` even to the page's own server.
+            "Referrer-Policy": "same-origin",
+            "Cache-Control": "no-cache, no-store, no-transform",
             "Content-Security-Policy": " ".join(["frame-ancestors 'self'", *sorted(self._origins)]),
             **({"Vary": "Origin"} if self._origins else {"Cross-Origin-Resource-Policy": "same-origin"}),
         }
@@ -1281,11 +1261,7 @@ class Site:
         self.count_clients: Callable[[], int] = self.runs.active.__len__  # the server puts its own here
         self._pages: dict[str, _Answer] = {
             "/": self._index,
-            "/-/metrics": lambda _: _text_reply(
-                self.runs.metrics(self.count_clients()),
-                200,
-                {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
-            ),
+            "/-/metrics": lambda _: _text_reply(self.runs.metrics(self.count_clients()), 200, _METRICS_HEADERS),
             "/-/healthy": lambda _: _text_reply("ok"),
             "/-/idle": lambda _: _page_reply("Idle", _IDLE),
             "/robots.txt": lambda _: _text_reply("User-agent: *\nDisallow: /\n"),
@@ -1551,14 +1527,9 @@ def _read_options(entry: _Entry, request: Request, given: _Texts) -> tuple[Optio
         if "footer" in given:
             notes = "always" if _is_on(given, "footer") else "never"
         hostname = socket.gethostname() if _is_on(given, "hostname") else ""
-        options = Options(
-            given.get("format") or _negotiate(request.accepted),
-            notes,
-            _is_on(given, "timestamps"),
-            hostname,
-            float(given.get("heartbeat", "inf")),
-            title=f"{entry.name}: {command.line}",
-        )
+        format_, heartbeat = given.get("format") or _negotiate(request.accepted), float(given.get("heartbeat", "inf"))
+        title = f"{entry.name}: {command.line}"
+        options = Options(format_, notes, _is_on(given, "timestamps"), hostname, heartbeat, title=title)
         headers["Content-Type"] = _FORMATS[options.format][1]
     elif given.get("format", "text") != "text":
         raise Error(f"parameter 'format' is not available: the output is {command.type}, and sent as it is")
@@ -1950,14 +1921,8 @@ class Command:
         if self.is_shell:
             argv = ["/bin/sh", "-c", _MARK.sub(r"${arg_\1}", self._arguments[0])]
             env = {**env, **{f"arg_{key}": value for key, value in bound.items()}}
-        return Launch(
-            argv,
-            env,
-            self.cwd,
-            self.stderr or ("merge" if self.pty else stderr),
-            "own" if self.is_source else stdin,
-            self.pty,
-        )
+        stderr = self.stderr or ("merge" if self.pty else stderr)
+        return Launch(argv, env, self.cwd, stderr, "own" if self.is_source else stdin, self.pty)
 
     def _complete(self, of: str, bound: _Texts, argument: str) -> str:
         """Put values into an argument, or into a script. Raises Error for one that must not stand there."""
@@ -2150,6 +2115,7 @@ _OVERTAKEN = "what was asked for is no longer kept"
 _ON_REQUEST = "on request"
 
 _Release = Callable[[], object]
+_Wants = Callable[[str], bool]  # whether a viewer wants what a stream of a transcript has
 _Maker = Callable[[Settings, Optional[float], _Release], "Run"]
 
 
@@ -2198,6 +2164,7 @@ runs_active gauge Runs that are going on.
 output_bytes_total counter Bytes of output that were sent.
 run_seconds_total counter Time that runs have taken.
 clients gauge Open connections."""
+_METRICS_HEADERS = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
 
 
 class _Runs:
@@ -2212,6 +2179,12 @@ class _Runs:
         self._lock = RLock()  # guards the rest
         self._kept: dict[str, _Entry] = {}  # by id, the oldest first
         self._counts: dict[str, float] = collections.defaultdict(float)  # by series, with its labels
+
+    def limit(self, affordable: int) -> None:
+        """Allow no more runs than there are descriptors for."""
+        if affordable < self.max_runs:
+            _log.warning("there are descriptors for %d runs only, not %d: raise ulimit -n", affordable, self.max_runs)
+            self.max_runs = affordable
 
     def check_slot(self, name: str, command: Command) -> None:
         """Refuse a run for which there is no slot now. Raises Error."""
@@ -2892,13 +2865,11 @@ def _look(since: float) -> set[tuple[int, int]]:
 
 
 def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    with suppress(ProcessLookupError):
+        with suppress(PermissionError):  # it is another user's
+            os.kill(pid, 0)
+        return True
+    return False
 
 
 class Task(Run):
@@ -3224,8 +3195,8 @@ class Html(Format):
         self._last: _Lane | None = None  # the lane of the last line
         self._end = ""  # what ends that line, if it is open
         self._span = ""  # the tag that began the last text in it
-        parts = {"TITLE": html.escape(self.options.title), "STYLE": _COLOURS + _VIEW_STYLE}
-        self.beginning = _fill(_PAGE, parts).encode()
+        page = _make_page(self.options.title, _VIEW_STYLE, _fill(_VIEW, {}, TITLE=self.options.title))
+        self.beginning = page.partition("</body>")[0].encode()  # `end` writes the rest
 
     def feed(self, stream: str, data: bytes) -> bytes:
         super().feed(stream, data)
@@ -3516,7 +3487,7 @@ class _Replay(Run):
         offset: int,
         release: _Release,
         stop: float = math.inf,
-        wants: Callable[[str], bool] | None = None,
+        wants: _Wants | None = None,
     ) -> None:
         super().__init__("a replay", Settings(), None)
         self._held.callback(release)
@@ -3751,14 +3722,9 @@ def _show_stacks() -> str:
 
 def _describe_json(url: str, name: str, command: Command) -> dict[str, object]:
     """A command for programs; `url` is the site's."""
+    keys = "name", "type", "choices", "default"
     parameters = [
-        {
-            "name": one.name,
-            "type": one.type,
-            "choices": one.choices,
-            "default": one.default,
-            "required": one.default is None,
-        }
+        {**{key: getattr(one, key) for key in keys}, "required": one.default is None}
         for one in command.parameters.values()
     ]
     return {
@@ -3778,10 +3744,15 @@ def _fill(template: str, markup: _Texts, **texts: str) -> str:
     return re.sub("|".join(parts), lambda match: parts[match[0]], template)
 
 
+def _make_page(title: str, style: str, body: str, more: str = "") -> str:
+    """A page; `body` and `more`, for its head, are HTML already."""
+    return _fill(_FRAME, {"MORE": more, "STYLE": _COLOURS + style, "BODY": body}, TITLE=title)
+
+
 def _page_reply(title: str, body: str, more: str = "") -> Reply:
-    """A page of the server's own; `body` and `more`, for its head, are HTML already."""
+    """A page of the server's own."""
     headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _PAGE_POLICY}
-    return _text_reply(_fill(_FRAME, {"MORE": more, "STYLE": _STYLE, "BODY": body}, TITLE=title), headers=headers)
+    return _text_reply(_make_page(title, _PAGE_STYLE, body, more), headers=headers)
 
 
 def _form_fields(command: Command) -> Iterator[str]:
@@ -3856,24 +3827,16 @@ samp { display: block; font: inherit; padding: 0 1ch 0 8ch; text-indent: -8ch; w
   overflow-wrap: anywhere; min-height: 1.4em; tab-size: 8 }
 samp::before { counter-increment: line; content: counter(line); display: inline-block; width: 6ch; text-indent: 0;
   margin-right: 2ch; text-align: right; color: var(--soft); user-select: none }
-samp.n::before { counter-increment: none; content: "" }
-samp.n, time, b { color: var(--soft) }
-samp.e { color: var(--c1) }
-samp:has(+ .r), samp.z { display: none }
+samp.n::before { counter-increment: none; content: "" } samp.n, time, b { color: var(--soft) }
+samp.e { color: var(--c1) } samp:has(+ .r), samp.z { display: none }
 """
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>STYLE</style></head>
-<body><header><h1 title="TITLE">TITLE</h1>
+_VIEW = """<header><h1 title="TITLE">TITLE</h1>
 <p>Each line is shown as it comes, standard error in its own colour. The view follows the newest line; scroll up and
 it stays where you are, scroll to the end and it follows again. Leaving this page, or pressing Stop in the browser,
 ends the command.</p></header>
 <main tabindex="0" aria-label="Output"><div><div>
 """
-_STYLE = (
-    _COLOURS
-    + """
+_PAGE_STYLE = """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.45 system-ui, sans-serif }
 body:has(aside) { height: 100vh; height: 100dvh; display: grid;
@@ -3882,31 +3845,25 @@ body:not(:has(aside)) { font-size: .85rem; padding: .3rem }
 header { grid-area: top; padding: .6rem 1rem; border-bottom: 1px solid var(--line) }
 main { grid-area: list; overflow: auto; padding: 0 1rem }
 aside { grid-area: view; border-top: 1px solid var(--line); min-height: 0 }
-iframe { display: block; width: 100%; height: 100%; border: 0 }
-iframe.runs { height: 12rem }
-h1 { font-size: 1.15rem; margin: 0 }
-h2 { font-size: 1rem; margin: 0 }
-p { margin: .15rem 0 }
+iframe { display: block; width: 100%; height: 100%; border: 0 } iframe.runs { height: 12rem }
+h1 { font-size: 1.15rem; margin: 0 } h2 { font-size: 1rem; margin: 0 } p { margin: .15rem 0 } p form { display: inline }
 header p, label, summary, code, span { color: var(--soft); font-size: .8rem }
 section { padding: .7rem 0; border-bottom: 1px solid var(--line) }
 code, input.curl { font-family: ui-monospace, monospace; overflow-wrap: anywhere }
 section form, .row { display: flex; flex-wrap: wrap; gap: .4rem .6rem; align-items: end; margin: .4rem 0 }
-p form { display: inline }
-label { display: grid }
+label { display: grid } a { color: var(--accent); overflow-wrap: anywhere }
 input, select, button { font: inherit; padding: .2rem .5rem; border: 1px solid var(--soft); border-radius: .3rem;
   background: var(--page); color: var(--text); max-width: 100% }
 input.curl { width: 100% }
 button.start { background: var(--accent); border-color: var(--accent); color: var(--page) }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 1px }
-a { color: var(--accent); overflow-wrap: anywhere }
 @media (min-width: 60rem) { body:has(aside) { grid: "top top" auto "list view" 1fr / 27rem minmax(0, 1fr) }
   aside { border-top: 0; border-left: 1px solid var(--line) } }
 @media (max-height: 30rem) { body:has(aside) { display: block; height: auto }
   aside { height: 60vh } header p { display: none } }
 """
-)
 # The pages have the style that they were sent with, named by its hash, and forms and a frame of this server.
-_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_STYLE_HASH = base64.b64encode(hashlib.sha256((_COLOURS + _PAGE_STYLE).encode()).digest()).decode()
 _PAGE_POLICY = (
     f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; form-action 'self'; frame-src 'self'; "
     "base-uri 'none'"
@@ -3926,26 +3883,22 @@ COMMANDS</main>
 <aside aria-label="Output"><iframe name="view" title="Output" src="-/idle"></iframe></aside>
 """
 _COMMAND = """<section aria-labelledby="NAME"><h2 id="NAME">NAME POST</h2>
-<p>ABOUT</p>
-<p><code>LINE</code></p>FORM
+<p>ABOUT</p><p><code>LINE</code></p>
+FORM
 <details><summary>curl</summary><input class="curl" readonly aria-label="curl line for NAME" value="CURL"></details>
 </section>
 """
 # A form cannot send a body as it is: a command that takes one has the line for curl alone.
-_FORM = """
-<form action="NAME" method="METHOD" target="view">FIELDS
+_FORM = """<form action="NAME" method="METHOD" target="view">FIELDS
 <div class="row"><button class="start" aria-label="Start NAME">Start</button>
 <button formaction="-/idle" formmethod="get" formnovalidate aria-label="Stop NAME">Stop</button>
 <button formtarget="_blank" aria-label="Open NAME in its own tab">Own tab</button>KEEP</div></form>"""
-_KEEP = """
-<button name="async" value="1" aria-label="Start NAME in the background">Background</button>"""
+_KEEP = ' <button name="async" value="1" aria-label="Start NAME in the background">Background</button>'
 _RUNS_FRAME = """<section aria-labelledby="-runs"><h2 id="-runs">Runs that are kept</h2>
 <iframe class="runs" title="Runs that are kept" src="-/runs"></iframe></section>
 """
-_RUN = """<p><a href="runs/ID?format=html" target="view">WHAT</a> <span>SINCE, STATE, BYTES bytes</span>STOP</p>
-"""
-_STOP = """
-<form action="runs/ID" method="post"><button aria-label="Stop WHAT">Stop</button></form>"""
+_RUN = '<p><a href="runs/ID?format=html" target="view">WHAT</a> <span>SINCE, STATE, BYTES bytes</span>STOP</p>\n'
+_STOP = ' <form action="runs/ID" method="post"><button aria-label="Stop WHAT">Stop</button></form>'
 
 
 # ---------------------------------------------------------------------------------------------
