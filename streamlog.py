@@ -66,6 +66,8 @@ from __future__ import annotations
 import os
 import sys
 
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
+    del sys.path[0]  # a file beside this one, perhaps in a shared folder, must not pass for a module of Python's
 if os.name != "posix" or sys.version_info < (3, 9):  # checked first: an import below would fail with less help
     _NEEDS = "streamlog needs Python 3.9 or newer on a POSIX system (Linux, macOS; on Windows, WSL)"
     if __name__ == "__main__":
@@ -920,7 +922,7 @@ _AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?"
 _TARGET = re.compile(rf"(?:(?i:https?)://({_AUTHORITY}))?(/[^?#]*|\Z)(?:\?([^#]*))?")
 _SINGLE_HEADER = re.compile("host|content-length|content-type|origin|authorization|expect")
 # A media type or a range and its weight, which is not 0, between other parameters; blanks are gone.
-_ACCEPTED = re.compile(r"([^;]+)(?:;(?!q=)[^;]*)*(?:;q=(?!0(?:\.0*)?(?:;|$))([01](?:\.[0-9]{0,3})?)(?:;.*)?)?")
+_ACCEPTED = re.compile(r"([^;]+)(?:;(?!q=)[^;]*)*(?:;q=(?!0?(?:\.0*)?(?:;|$))([01]?(?:\.[0-9]*)?)(?:;.*)?)?")
 
 
 @dataclass
@@ -985,6 +987,8 @@ def _parse_head(head: Sequence[str]) -> Request:
     method, target, major, minor = match.groups()
     if major != "1":
         raise Error("this server speaks HTTP/1.1", 505)
+    if method not in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"):
+        raise Error(f"this server has no method {method[:200]}", 501)
     headers = _parse_headers(head[1:])
     match = _TARGET.fullmatch(target)
     if not match and (method, target) != ("OPTIONS", "*"):
@@ -994,7 +998,8 @@ def _parse_head(head: Sequence[str]) -> Request:
     if re.search(r"[\0-\x1f\x7f]", path):
         raise Error("the URL's path holds a control character")
     host = headers.get("host", "")
-    if not re.fullmatch(_AUTHORITY, host):
+    is_probe = minor == "0" and path == "/-/healthy" and not host  # as HAProxy sends it
+    if not (is_probe or re.fullmatch(_AUTHORITY, host)):
         raise Error("the request needs one Host header that names a host")
     if minor == "0" and "transfer-encoding" in headers:
         raise Error("HTTP/1.0 has no transfer encodings")
@@ -1016,8 +1021,10 @@ def _parse_headers(lines: Sequence[str]) -> dict[str, str]:
                 raise Error(f"the header {name} may be sent once only")
             value = f"{headers[name]}, {value}"
         headers[name] = value
-    if headers.get("transfer-encoding", "chunked").lower() != "chunked":
-        raise Error("the only transfer encoding that this server accepts is chunked", 501)
+    *others, last = _split_list(headers.get("transfer-encoding", "chunked"))
+    if others or last != "chunked":  # without it at the end, and there alone, nobody knows where the body ends
+        is_sound = last == "chunked" not in others
+        raise Error("the only transfer encoding that this server accepts is chunked", 501 if is_sound else 400)
     if {"transfer-encoding", "content-length"} <= headers.keys():
         raise Error("a body has a Content-Length or comes in chunks, not both")
     if not re.fullmatch("[0-9]{1,15}", headers.get("content-length", "0")):
@@ -1042,8 +1049,6 @@ def _parse_query(query: str) -> list[tuple[str, str]]:
 
 def _split_list(value: str) -> list[str]:
     """The items of a header that is a list, in lower case (RFC 9110 section 5.6.1)."""
-    if not value:
-        return []
     return [item.strip(" \t") for item in value.lower().split(",")]  # a pattern would take quadratic time for blanks
 
 
@@ -1140,7 +1145,7 @@ class Access:
 
     def check(self, request: Request) -> None:
         """Raise Error for a request that must not be answered."""
-        if self._checks_host:
+        if self._checks_host and request.authority:
             self._check_host(request.host)
         self._check_site(request)
         if self._token and not self.is_preflight(request) and request.path != "/-/healthy":
@@ -1270,7 +1275,7 @@ class Site:
         }
         if self._can_keep:
             self._pages["/-/runs"] = self._list_runs
-        self._own = _own_commands() if settings.insight else {}
+        self._own = _own_commands(bool(settings.token)) if settings.insight else {}
         self._log = ExitStack()
         if settings.insight and settings.log:
             self._log.enter_context(_program_log.standing(keep_bytes=settings.log))
@@ -1310,6 +1315,8 @@ class Site:
             raise Error(f"{request.path} takes {allow}, not {request.method[:200]}", 405, {"Allow": allow})
         if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise Error("the only expectation that this server can meet is 100-continue", 417)
+        if "websocket" in _split_list(request.headers.get("upgrade", "")):
+            raise Error("this server speaks no WebSocket: fetch the URL, or open it as an EventSource")
         if request.has_body and request.method not in ("POST", "PUT"):
             raise Error(f"a {request.method} request takes no body: put parameters into the URL's query")
         return answers[request.method](request)
@@ -1348,6 +1355,8 @@ class Site:
             return Reply(204, headers)  # an EventSource whose run has ended must not start another
         if request.method == "HEAD":
             return Reply(200, headers)
+        if re.fullmatch("bytes=0*[1-9][0-9]*-", _find_range(request)):
+            raise Error("a run cannot go on where another broke off: nothing was run; ask without a Range", 416)
         make = _maker(launch)
         if is_own and isinstance(launch, Call):  # it is called at once, and returns text or what makes a run
             result: Any = launch.function(**launch.arguments)
@@ -1410,26 +1419,27 @@ class Site:
         has_extras = options.timestamps or options.hostname or options.notes == "always"
         is_bare = options.format == "text" and not (waits or has_extras)
         can_range = is_bare and request.path.startswith("/-/runs/")
-        wanted = re.fullmatch(r"bytes=([0-9]{1,15})-", request.headers.get("range", "")) if can_range else None
+        wanted = re.fullmatch(r"bytes=([0-9]{1,15})-", _find_range(request)) if can_range else None
         start = int(wanted[1]) if wanted else _find_start(transcript, request, given)
-        if wanted and not transcript.start <= start < end + (follows and not outcome):
+        # What has no end yet, or was cut, may go on behind the last byte.
+        is_open = follows and (outcome is None or bool(outcome.reason))
+        if wanted and not transcript.start <= start < end + is_open:
             is_early = start < transcript.start
             what = f"what is before byte {transcript.start} is not kept" if is_early else f"there are {end} bytes"
             raise Error(f"that range cannot be had: {what}", 416, {"Content-Range": f"bytes */{end}"})
         if options.format == "sse" and outcome and "last-event-id" in request.headers and start >= end:
             return Reply(204, headers)
-        if request.method == "HEAD":
-            return Reply(200, headers)
         if outcome:
             headers["Exit-Code"] = str(outcome.exit_code)
         # Plain bytes have a length if their end is known and nothing of ours is added.
-        has_end = not follows or (outcome is not None and not outcome.reason)
-        length = end - start if is_bare and has_end and transcript.start <= start else None
+        length = end - start if is_bare and not is_open and transcript.start <= start else None
         if wanted:  # one without an end as yet is said to end far away (RFC 8673 section 2.2)
             last = (1 << 53 if length is None else end) - 1
-            headers["Content-Range"] = f"bytes {start}-{last}/{end if outcome else '*'}"
+            headers["Content-Range"] = f"bytes {start}-{last}/{end if outcome and not is_open else '*'}"
         if can_range:
             headers["Accept-Ranges"] = "bytes"
+        if request.method == "HEAD":
+            return Reply(200, headers, length=length)
         run = entry.view(start, math.inf if follows else end)
         is_exact = wanted or length is not None
         format_ = None if is_exact else _FORMATS[options.format][0](options._replace(offset=start))
@@ -1444,7 +1454,10 @@ class Site:
         if "application/json" in request.accepted:
             return _json_reply({"runs": [entry.state for entry in entries]})
         return _text_reply(
-            "".join(f"{entry.id}  {_timestamp(entry.started_at)}  {entry}  {entry.note}\n" for entry in entries)
+            "".join(
+                f"{entry.id}  {_timestamp(entry.started_at)}  {_printable(str(entry))}  {entry.note}\n"
+                for entry in entries
+            )
         )
 
     def _listed(self) -> dict[str, Command]:
@@ -1460,7 +1473,8 @@ class Site:
             return _index_page(commands, lines, self._commands if self._can_keep else ())
         if "application/json" in request.accepted:
             return _json_reply({"commands": [_describe_json(url, *item) for item in commands.items()]})
-        texts = (f"\n# {command.about or command.line}\n{lines[name]}\n" for name, command in commands.items())
+        abouts = {name: (command.about or command.line).splitlines() for name, command in commands.items()}
+        texts = ("\n# {}\n{}\n".format("\n# ".join(about), lines[name]) for name, about in abouts.items())
         title = f"# streamlog {__version__} on {socket.gethostname()}: each line runs a command\n"
         return _text_reply("".join([title, *texts]))
 
@@ -1501,6 +1515,12 @@ def _sort_fields(
             raise Error(f"parameter {key!r} must be {known[key][1]}: {value[:200]!r}")
         target[key] = value
     return values, options
+
+
+def _find_range(request: Request) -> str:
+    """The range that is asked for. Our answers have no validator, so no If-Range is met (RFC 9110 section 13.1.5)."""
+    is_wanted = request.method != "HEAD" and "if-range" not in request.headers
+    return request.headers.get("range", "") if is_wanted else ""
 
 
 def _is_on(given: _Texts, switch: str, default: str = "0") -> bool:
@@ -2231,7 +2251,7 @@ class _Runs:
                 self._kept[entry.id] = entry
             undo.callback(self._kept.pop, entry.id, None)
             undo.callback(self.start(entry, make).close)
-            thread = Thread(target=self._record, args=(entry,), daemon=True, name=f"streamlog-kept {entry.run}")
+            thread = Thread(target=self._record, args=(entry,), daemon=True, name=f"streamlog-kept {entry.name}")
             try:
                 thread.start()
             except RuntimeError as error:
@@ -2887,8 +2907,9 @@ class Task(Run):
         self._writer = io.FileIO(writer, "wb")  # a write to it waits for the client
         _files.add(self._writer)
         run = contextvars.copy_context().run
+        name = getattr(call.function, "__qualname__", "")  # without values, for all see the names of threads
         try:
-            Thread(target=run, args=(self._perform, call, release), daemon=True, name=str(self)).start()
+            Thread(target=run, args=(self._perform, call, release), daemon=True, name=f"streamlog-task {name}").start()
         except RuntimeError:
             self._writer.close()
             self._drop_outputs()
@@ -3539,14 +3560,17 @@ _LOG_BYTES = 1 << 20  # that a viewer may be behind
 _RECORD_CHARACTERS = 64 * 1024  # the rest of a longer record is cut off
 
 
-def _own_commands() -> Mapping[str, _Commands]:
-    """The commands that show the program itself, by name and method. Their functions are called at once, and return
-    text, or what makes a run."""
+def _own_commands(can_set: bool) -> Mapping[str, _Commands]:
+    """The commands that show the program itself, by name and method; with a token, also what changes it. Their
+    functions are called at once, and return text, or what makes a run."""
     set_level = Command(_set_level, "Set a logger's level; GET shows the levels", "POST")
     return {
         "log": {"GET": Command(_follow_log, "This program's log (live)")},
         "stacks": {"GET": Command(_show_stacks, "What each thread of this program is doing")},
-        "level": {"GET": Command(_show_levels), "PUT": set_level, "POST": set_level},
+        "level": {
+            "GET": Command(_show_levels, "Levels of loggers (set by POST, where there is a token)"),
+            **(dict.fromkeys(("PUT", "POST"), set_level) if can_set else {}),
+        },
     }
 
 
@@ -4151,17 +4175,18 @@ def _read_environ(environ: Mapping[str, Any]) -> Request:
         if value and re.match("HTTP_|CONTENT_(TYPE|LENGTH)$", key):
             lines.append(f"{key.removeprefix('HTTP_').replace('_', '-')}: {value}")
     request = _parse_head(lines)
+    if request.is_chunked and not environ.get("wsgi.input_terminated"):
+        raise Error("the server in front does not pass a chunked body on: send it with a Content-Length", 411)
     request.scheme, request.prefix = environ["wsgi.url_scheme"], prefix
     return request
 
 
 def _read_wsgi_body(environ: Mapping[str, Any], request: Request) -> Iterator[bytes]:
     """The body of a request, in pieces. Raises Error if it is not as long as it says."""
-    is_open = request.is_chunked and environ.get("wsgi.input_terminated")
-    left = math.inf if is_open else request.body_bytes
+    left = math.inf if request.is_chunked else request.body_bytes
     while left:
         piece = environ["wsgi.input"].read(min(left, _BLOCK_MIN_BYTES))
-        if not piece and is_open:
+        if not piece and request.is_chunked:
             return
         if not piece:
             raise Error("the body is shorter than it says")

@@ -227,7 +227,11 @@ def read_head(data: bytes) -> Optional[Head]:
     words = first.decode("latin-1").split(" ")
     need(len(words) == 3)
     method, target, version = words
-    need(method and set(method) <= TOKEN and target and all("!" <= char <= "~" for char in target))
+    need(
+        method in {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"}
+        and target
+        and all("!" <= char <= "~" for char in target)
+    )
     need(len(version) == 8 and version[:7] == "HTTP/1." and version[7] in DIGITS)
     headers = read_fields(lines)
     need("transfer-encoding" not in headers or version != "HTTP/1.0")

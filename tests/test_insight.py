@@ -316,6 +316,23 @@ class Stacks(InsightCase):
             body, r"\nthe one that hangs \(daemon\), thread \d+\n(?s:.*)in hang_here\n    gate\.wait\(10\)\n"
         )
 
+    def test_values_of_tasks_do_not_show(self) -> None:
+        gate, begun = threading.Event(), threading.Semaphore(0)
+
+        def task(password: str) -> None:
+            begun.release()
+            gate.wait(10)
+
+        server = self.start({"task": task})
+        client = self.connect(server)
+        client.get("/task?password=hunter2")
+        self.assertEqual(self.fetch(server, "/task?password=hunter3&async=1").status, 202)
+        begun.acquire(timeout=10), begun.acquire(timeout=10)
+        body = self.fetch(server, "/stacks").body
+        gate.set()
+        self.assertEqual(body.count(b"<locals>.task (daemon)"), 2, body)
+        self.assertNotIn(b"hunter", body)
+
     def test_it_answers_while_locks_of_logging_are_held_and_all_slots_are_taken(self) -> None:
         server = self.start({"x": Command("sleep 60")}, max_runs=1)
         client = self.connect(server)
@@ -351,26 +368,39 @@ class Stacks(InsightCase):
 
 
 class Levels(InsightCase):
+    BEARER = "Authorization: Bearer secret"
+
     def test_a_level_is_shown_and_set(self) -> None:
-        server = self.start({})
+        server = self.start({}, token="secret")
         self.make_logger("of.program.part").setLevel(logging.NOTSET)
-        self.assertEqual(self.fetch(server, "/level?logger=of.program.part").body, b"of.program.part DEBUG\n")
+        part = "/level?logger=of.program.part"
+        self.assertEqual(self.fetch(server, part, headers=[self.BEARER]).body, b"of.program.part DEBUG\n")
         for method, path, body, told in (
             ("PUT", "/level?logger=of.program&level=error", b"", b"of.program ERROR\n"),
             ("POST", "/level", b"logger=of.program&level=15", b"of.program Level 15\n"),
             ("PUT", "/level?logger=of.program", b"level=INFO", b"of.program INFO\n"),
         ):
             headers = ["Content-Type: application/x-www-form-urlencoded"] if body else []
-            answer = self.fetch(server, path, method, headers, body)
+            answer = self.fetch(server, path, method, [self.BEARER, *headers], body)
             self.assertEqual(answer.status, 200)
-            shown = self.fetch(server, "/level").body
+            shown = self.fetch(server, "/level", headers=[self.BEARER]).body
             self.assertIn(told, shown)
             self.assertTrue(shown.startswith(b"root "))
         self.assertEqual(self.logger.level, logging.INFO)
-        self.assertEqual(self.fetch(server, "/level?logger=of.program.part").body, b"of.program.part INFO\n")
+        self.assertEqual(self.fetch(server, part, headers=[self.BEARER]).body, b"of.program.part INFO\n")
+
+    def test_without_a_token_they_are_only_shown(self) -> None:
+        server = self.start({})
+        for method in ("PUT", "POST"):
+            answer = self.fetch(server, "/level?logger=of.program&level=ERROR", method)
+            self.assertEqual((answer.status, answer.headers["allow"]), (405, "GET, HEAD, OPTIONS"))
+        self.assertEqual(self.logger.level, logging.DEBUG)
+        self.assertIn(b"of.program DEBUG\n", self.fetch(server, "/level").body)
+        page = self.fetch(server, "/", headers=["Accept: text/html"]).body
+        self.assertIn(b"where there is a token", page)
 
     def test_what_is_wrong_sets_nothing(self) -> None:
-        server = self.start({})
+        server = self.start({}, token="secret")
         for method, query, status, told in (
             ("PUT", "logger=of.program&level=loud", 400, b"a level is DEBUG"),
             ("PUT", "logger=of.program", 400, b"parameter 'level' of 'level' is required"),
@@ -380,7 +410,7 @@ class Levels(InsightCase):
             ("DELETE", "", 405, b"takes GET, HEAD, OPTIONS, POST, PUT, not DELETE"),
         ):
             with self.subTest(method=method, query=query):
-                answer = self.fetch(server, f"/level?{query}", method)
+                answer = self.fetch(server, f"/level?{query}", method, [self.BEARER])
                 self.assertEqual(answer.status, status)
                 self.assertIn(told, answer.body)
         self.assertEqual(self.logger.level, logging.DEBUG)

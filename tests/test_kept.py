@@ -42,6 +42,7 @@ from .test_browser import BrowserCase
 HUNDRED_THOUSAND = b"".join(b"%d\n" % number for number in range(1, 100_001))
 HTML = "Accept: text/html,*/*;q=0.8"
 JSON = "Accept: application/json"
+CURL = shutil.which("curl")
 
 
 class Transcripts(unittest.TestCase):
@@ -232,6 +233,13 @@ class Kept(KeptCase):
         self.assertIn(f'<a href="runs/{one[8:]}?format=html" target="view">x x=b</a>', page)
         self.assertEqual(page.count(">Stop<"), 1)
 
+    def test_a_value_cannot_drive_the_terminal_that_the_list_is_read_on(self) -> None:
+        server = self.serve({"x": "echo {x:(?s:.*)}"})
+        self.keep(server, "/x?x=a%0a%1b%5b31m%c2%9b2J%c3%a9")
+        text = self.fetch(server, "/-/runs").body
+        self.assertEqual(text.count(b"\n"), 1)
+        self.assertIn(rb"x x=a\x0a\x1b[31m\x9b2J\xe9  ", text)
+
     def test_any_place_can_be_asked_for(self) -> None:
         server = self.serve({"x": "seq 1 1000"})
         path = self.keep(server, "/x")
@@ -260,7 +268,12 @@ class Kept(KeptCase):
         self.assertEqual(
             self.fetch(server, path, headers=["Range: bytes=3893-"]).headers["content-range"], "bytes */3893"
         )
-        self.assertEqual(self.fetch(server, path, "HEAD").status, 200)
+        head, get = self.fetch(server, path, "HEAD"), self.fetch(server, path)
+        only_get = {"x-accel-buffering": "no"}
+        self.assertEqual({**head.headers, **only_get, "date": ""}, {**get.headers, "date": ""})
+        self.assertEqual((head.headers["content-length"], head.headers["accept-ranges"]), ("3893", "bytes"))
+        both = ["Range: bytes=3890-", 'If-Range: "x"']
+        self.assertEqual(self.fetch(server, path, headers=both).body, whole)
 
     def test_a_range_of_a_run_that_goes_on_follows_it(self) -> None:
         gate = self.folder / "gate"
@@ -341,6 +354,17 @@ class Kept(KeptCase):
         wait_until(lambda: self.state(server, path)["bytes"], "it has put something out")
         answer = self.fetch(server, path, headers=["Range: bytes=0-"])
         self.assertEqual((answer.status, answer.is_whole, answer.body), (206, False, b"a\n"))
+        self.ended(server, path)
+        for start, body in ((0, b"a\n"), (1, b"\n"), (2, b"")):
+            answer = self.fetch(server, path, headers=[f"Range: bytes={start}-"])
+            self.assertEqual((answer.status, answer.is_whole, answer.body), (206, False, body))
+            self.assertEqual(answer.headers["content-range"], f"bytes {start}-{(1 << 53) - 1}/*")
+        self.assertNotIn("content-length", self.fetch(server, path, "HEAD").headers)
+        if CURL:
+            for options in ([], ["-C", "-"], ["-C", "-"]):
+                fetched = [CURL, "-s", *options, "-o", str(self.folder / "got"), f"{server.url}{path}?footer=0"]
+                self.assertEqual(subprocess.run(fetched, check=False).returncode, 18, options)
+            self.assertEqual((self.folder / "got").read_bytes(), b"a\n")
 
     def test_a_range_of_a_command_starts_and_ends_nothing(self) -> None:
         server = self.serve({"x": "!sleep 0.2; echo done", "s": Command("!sleep 0.2; echo done", shared=True)})

@@ -59,7 +59,8 @@ class Heads(unittest.TestCase):
         (head("GET /a?b=c&d HTTP/1.1"), ("GET", "/a", "b=c&d")),
         (head("GET /%61%2Fb HTTP/1.1"), ("GET", "/a/b", "")),
         (head("GET /a%20b HTTP/1.0"), ("GET", "/a b", "")),
-        (head("get / HTTP/1.1"), ("get", "/", "")),
+        (b"GET /-/healthy HTTP/1.0\r\n\r\n", ("GET", "/-/healthy", "")),
+        (b"HEAD /-/healthy HTTP/1.0\r\nX: y\r\n\r\n", ("HEAD", "/-/healthy", "")),
         (head("OPTIONS * HTTP/1.1"), ("OPTIONS", "*", "")),
         (head("GET http://localhost:8000/x?y HTTP/1.1"), ("GET", "/x", "y")),
         (head("GET http://localhost HTTP/1.1"), ("GET", "/", "")),
@@ -88,7 +89,10 @@ class Heads(unittest.TestCase):
         (head("GET * HTTP/1.1"), 400),
         (head("GET ftp://localhost/ HTTP/1.1"), 400),
         (head("GET http://a@b/ HTTP/1.1"), 400),
-        (head("CONNECT localhost:80 HTTP/1.1"), 400),
+        (head("CONNECT localhost:80 HTTP/1.1"), 501),
+        (head("get / HTTP/1.1"), 501),
+        (head("BREW / HTTP/1.1"), 501),
+        (head("TRACE / HTTP/1.1"), 501),
         (head("GET http://localhost?x HTTP/1.1"), 400),
         (head("GET /#x HTTP/1.1"), 400),
         (head("GET /% HTTP/1.1"), 400),
@@ -97,6 +101,9 @@ class Heads(unittest.TestCase):
         (head("GET /%ff HTTP/1.1"), 400),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.0\r\n\r\n", 400),
+        (b"GET /-/healthy HTTP/1.1\r\n\r\n", 400),
+        (b"GET /-/healthy HTTP/1.0\r\nHost: a/b\r\n\r\n", 400),
+        (b"GET /-/metrics HTTP/1.0\r\n\r\n", 400),
         (head("GET / HTTP/1.1", "Host: localhost"), 400),
         (b"GET / HTTP/1.1\r\nHost: a, b\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a@b\r\n\r\n", 400),
@@ -120,10 +127,17 @@ class Heads(unittest.TestCase):
         ),
         (b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
         *(
-            (head("POST / HTTP/1.1", f"Transfer-Encoding: {coding}"), 501)
-            for coding in ("xchunked", "chunked, gzip", "gzip, chunked", "identity", "", "chunked\xa0", "chunked;a=b")
+            (head("POST / HTTP/1.1", f"Transfer-Encoding: {coding}"), 400)
+            for coding in (
+                *("xchunked", "gzip", "identity", "", "chunked\xa0", "chunked;a=b", "chunked,"),
+                *("chunked, gzip", "gzip, chunked, gzip", "chunked, chunked", "chunked, gzip, chunked"),
+            )
         ),
-        (head("POST / HTTP/1.1", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), 501),
+        *(
+            (head("POST / HTTP/1.1", f"Transfer-Encoding: {coding}"), 501)
+            for coding in ("gzip, chunked", "x,GZIP,\tChunked")
+        ),
+        (head("POST / HTTP/1.1", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), 400),
         (head("POST / HTTP/1.1", "Transfer-Encoding: \x0bchunked"), 400),
         (head("POST / HTTP/1.1", "Transfer-Encoding: chunked", "Content-Length: 3"), 400),
         (head("POST / HTTP/1.1", "Content-Length: 3", "Transfer-Encoding: chunked"), 400),
@@ -223,6 +237,8 @@ class Heads(unittest.TestCase):
             ("text/html;q=0, text/plain", {"text/plain": 1}),
             ("text/html; q=0.0, a/b;q=x, c/d;q=2", {}),
             ("Text/HTML; level=1; Q=0.5", {"text/html": 0.5}),
+            ("a/b, */*; q=.2", {"a/b": 1, "*/*": 0.2}),
+            ("a/b;q=0.1234, c/d;q=., e/f;q=.0, g/h;q=1.", {"a/b": 0.1234, "g/h": 1}),
             ("", {}),
         ):
             with self.subTest(value=value):

@@ -128,7 +128,7 @@ class Answers(ServerCase):
             ("GET", "/get?%zz", 400, "must be followed by two hexadecimal digits"),
             ("HEAD", "/get?x=a", 400, ""),
             ("POST", "/get", 405, "/get takes GET, HEAD, OPTIONS, not POST"),
-            ("BREW", "/get", 405, "not BREW"),
+            ("BREW", "/get", 501, "this server has no method BREW"),
             ("GET", "/post", 405, "/post takes OPTIONS, POST, not GET"),
             ("HEAD", "/post", 405, ""),
             ("POST", "/post", 400, "parameter 'x' of 'post' is required"),
@@ -144,6 +144,48 @@ class Answers(ServerCase):
                 if status == 405:
                     self.assertIn("OPTIONS", answer.headers["allow"])
         self.assertFalse(mark.exists())
+
+    def test_what_could_never_work_runs_nothing(self) -> None:
+        mark = self.folder / "mark"
+        server = self.serve({"x": f"touch {mark}", "p": Command(f"touch {mark}", method="POST")})
+        for method, path, headers, status in (
+            ("GET", "/x", ["Range: bytes=1-"], 416),  # wget goes on so where an answer broke off
+            ("GET", "/x", ["Range: bytes=0012345678901234567890-"], 416),
+            ("POST", "/p", ["Range: bytes=7-", "User-Agent: Wget/1.21"], 416),
+            ("GET", "/x", ["Connection: Upgrade", "Upgrade: websocket"], 400),
+            ("GET", "/x", ["Connection: Upgrade", "Upgrade: h2c, WebSocket", "Sec-WebSocket-Version: 13"], 400),
+        ):
+            with self.subTest(headers=headers):
+                self.assertEqual(self.fetch(server, path, method, headers).status, status)
+        self.assertFalse(mark.exists())
+        for headers in (["Range: bytes=0-"], ["Range: bytes=1-", "If-Range: x"], ["Upgrade: h2c"]):
+            mark.unlink(missing_ok=True)
+            self.assertEqual(self.fetch(server, "/x", "GET", headers).status, 200)
+            self.assertTrue(mark.exists(), headers)
+
+    def test_a_health_check_needs_no_host(self) -> None:
+        server = self.serve({"x": "true"})
+        for request, status in (
+            (b"GET /-/healthy HTTP/1.0\r\n\r\n", 200),
+            (b"HEAD /-/healthy HTTP/1.0\r\n\r\n", 200),
+            (b"GET /-/healthy HTTP/1.0\r\nHost: evil.test\r\n\r\n", 403),
+            (b"GET /x HTTP/1.0\r\n\r\n", 400),
+        ):
+            with self.connect(server) as client:
+                client.send(request)
+                self.assertEqual(client.read_head()[0], status, request)
+
+    def test_the_format_is_what_accept_prefers(self) -> None:
+        server = self.serve({"x": "echo x"})
+        for accept, type_ in (
+            ("application/json;q=0.1, */*", "text/plain"),
+            ("application/json, */*;q=0.1", "application/x-ndjson"),
+            ("text/event-stream;q=.5, */*; q=.4", "text/event-stream"),
+            ("text/event-stream; q=.3, */*; q=.4", "text/plain"),
+            ("text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2", "text/plain"),  # Java's own
+        ):
+            answer = self.fetch(server, "/x", headers=[f"Accept: {accept}"])
+            self.assertEqual(answer.headers["content-type"].partition(";")[0], type_, accept)
 
     def test_head_and_options_run_nothing(self) -> None:
         mark = self.folder / "mark"
@@ -288,7 +330,7 @@ class Forms(ServerCase):
             ([], "/p", b"a=1", 415),
             ([self.FORM], "/p", b"a=" + b"1" * 70_000, 413),
             ([self.FORM, "Expect: 200-ok"], "/p", b"a=1", 417),
-            ([self.FORM, "Transfer-Encoding: gzip"], "/p", b"", 501),
+            ([self.FORM, "Transfer-Encoding: gzip, chunked"], "/p", b"", 501),
         ):
             with self.subTest(headers=headers, body=body[:10]):
                 self.assertEqual(self.fetch(self.server, path, "POST", headers, body).status, status)

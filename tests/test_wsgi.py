@@ -100,6 +100,14 @@ class Wsgi(WsgiCase):
                 self.assertIn(told, answer.body)
                 self.assertEqual(answer.headers["x-content-type-options"], "nosniff")
 
+    def test_a_chunked_body_is_read_whole_or_refused_and_never_left_out(self) -> None:
+        self.mount({"x": Command("cat", stdin=True)})
+        given: Any = {"REQUEST_METHOD": "POST", "PATH_INFO": "/x", "HTTP_TRANSFER_ENCODING": "chunked"}
+        self.assertEqual(self.call(**given, **{"wsgi.input_terminated": True})[::2], ("200 OK", b"x=1"))
+        status, _, body = self.call(**given)
+        self.assertEqual(status, "411 Length Required")
+        self.assertIn(b"with a Content-Length", body)
+
     def test_a_client_that_leaves_ends_the_run_at_the_next_output(self) -> None:
         port = self.mount({"x": "!echo $$; while :; do sleep 0.1; echo more; done"})
         with Raw(("127.0.0.1", port)) as client:
