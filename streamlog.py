@@ -3732,11 +3732,11 @@ def _set_level(level: str, logger: str = "root") -> str:
 
 def _show_stacks() -> str:
     """Show what each thread is doing"""
+    main = threading.main_thread().ident
     names = {thread.ident: thread.name + " (daemon)" * thread.daemon for thread in threading.enumerate()}
-    stacks = sorted(sys._current_frames().items(), key=lambda item: item[0] != threading.main_thread().ident)
-    return "\n".join(
+    return "\n".join(  # a variable here would hold its own frame, and with it what all the others hold
         f"{names.get(ident, '(not started by threading)')}, thread {ident}\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in stacks
+        for ident, frame in sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
     )
 
 
