@@ -64,10 +64,13 @@ for developers:
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
     del sys.path[0]  # a file beside this one, perhaps in a shared folder, must not pass for a module of Python's
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the start without a traceback
 if os.name != "posix" or sys.version_info < (3, 9):  # checked first: an import below would fail with less help
     _NEEDS = "streamlog needs Python 3.9 or newer on a POSIX system (Linux, macOS; on Windows, WSL)"
     if __name__ == "__main__":
@@ -103,7 +106,6 @@ import secrets
 import select
 import shlex
 import shutil
-import signal
 import socket
 import socketserver
 import ssl
@@ -257,7 +259,7 @@ class Settings:
 # server: the listener, a client's connection, and the handler that reads requests from it and sends the answers
 
 _DESCRIPTORS_MAX = 65536  # one machine has no use for more threads than this
-_RUN_DESCRIPTORS = 6  # of a run: its outputs, its bell, its exit, and the transcript and watchdog of a kept one
+_SWEEP_SECONDS = 60.0  # between looks for runs that are kept no longer
 _BUSY_ANSWER = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -301,7 +303,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._warned_at = -math.inf
         # Half of the descriptors are for clients, or the runs could shut all others out.
         self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
-        self.site.runs.limit(max(1, self._client_max // _RUN_DESCRIPTORS - 2))
+        self.site.runs.limit(self._client_max)
         super().__init__(address, _Handler, bind_and_activate=False)
         try:
             if listener is None:
@@ -351,15 +353,20 @@ class Server(http.server.ThreadingHTTPServer):
         if self._owner != os.getpid():  # one of several processes that share a listener ends by itself
             self._owner, self.closing = os.getpid(), _Bell()
             self.site.runs._closing = self.closing
+        sweep = 0.0
         while not self.is_closing:
             watched = {self.closing.descriptor: POLLIN, self.fileno(): POLLIN}
-            if self.fileno() in _poll(watched, monotonic() + interval):
+            if monotonic() >= sweep:  # what is too old goes even if nobody looks
+                self.site.runs.kept()
+                sweep = monotonic() + _SWEEP_SECONDS
+            if self.fileno() in _poll(watched, min(sweep, monotonic() + interval)):
                 try:
                     self._accept()
                 except (BlockingIOError, ConnectionAbortedError):  # the client has left already
                     pass
                 except Exception as error:  # whatever happens to one client, the next one is accepted
-                    self._make_room(error)
+                    with suppress(Exception):  # memory may be short here, too
+                        self._make_room(error)
 
     def _accept(self) -> None:
         """Serve a new client in a thread, if need be in the place of the one that has been idle for longest."""
@@ -477,7 +484,8 @@ def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[i
         if not address or "\0" in address:
             raise ConfigError(f"a unix socket needs a path, as in unix:/run/streamlog.sock: {settings.bind!r}")
     else:
-        family, *_, address = socket.getaddrinfo(settings.bind, settings.port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(settings.bind, settings.port, type=socket.SOCK_STREAM)
+        family, *_, address = next(filter(_is_ours, found), found[0])
     if family == socket.AF_UNIX:
         return family, address, Reach.UNIX
     if ipaddress.ip_address(address[0]).is_loopback:
@@ -488,6 +496,14 @@ def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[i
             "--token-file), bind (or ListenStream=) 127.0.0.1 and connect through ssh -L, or allow it by --no-auth"
         )
     return family, address[:2], Reach.NETWORK
+
+
+def _is_ours(found: tuple[Any, ...]) -> bool:
+    """Whether this machine has an address: it may speak IPv6 alone."""
+    with suppress(OSError), socket.socket(found[0]) as probe:
+        probe.bind((found[4][0], 0))
+        return True
+    return False
 
 
 def _clear_socket(path: str) -> None:
@@ -564,7 +580,8 @@ class _Connection(io.RawIOBase):
     is_chunked = False  # whether what is written goes out in chunks
     body_bytes = 0  # that were written since the head
     _has_unread = False  # known only where poll does not report a hang-up
-    _is_cut = False
+    _cut_at = math.inf  # when an answer that is still being sent is cut, because the server closes
+    is_used = False  # whether it has sent an answer
 
     def __init__(self, sock: socket.socket, server: Server) -> None:
         self.sock = sock
@@ -577,6 +594,8 @@ class _Connection(io.RawIOBase):
             getattr(socket, "TCP_KEEPIDLE", 0x10): seconds,  # TCP_KEEPALIVE on macOS
             socket.TCP_KEEPINTVL: max(1, seconds // 3),
             socket.TCP_KEEPCNT: 3,
+            # Of what is sent slowly the system takes all, for hours, though the client has vanished. 0: its own time
+            getattr(socket, "TCP_USER_TIMEOUT", -1): int(server.settings.stall_seconds * 1500),
         }
         with suppress(OSError):  # a unix socket has no such options, and a client may have left already
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -617,6 +636,7 @@ class _Connection(io.RawIOBase):
         _Gone because of an OSError. What a run has written is sent by its owner, who looks after it meanwhile."""
         run = self.run if events == POLLOUT else None
         stall = monotonic() + ((run and self._server.settings.stall_seconds) or math.inf)
+        attempts = 0
         while True:
             try:
                 with self._lock:
@@ -625,24 +645,28 @@ class _Connection(io.RawIOBase):
                 watched = self.watched(_TLS_EVENTS.get(type(error), events))
             except OSError as error:
                 raise _Gone(_CLIENT_GONE) from error
-            deadline = min(self.deadline, stall)
+            attempts += 1
+            if attempts == 2 and self in self._server.idle:  # records of TLS that bring nothing may go on for ever
+                stall = monotonic() + self._server.settings.head_seconds
+            deadline = min(self.deadline, self._cut_at, stall)
             if monotonic() >= deadline:
-                raise _Late(_SHUTTING_DOWN if self._is_cut else _CLIENT_STALLED)
+                raise _Late(_CLIENT_STALLED if self._cut_at == math.inf else _SHUTTING_DOWN)
             self.react(run.wait(watched, deadline, is_paused=True) if run else _poll(watched, deadline))
 
     def watched(self, events: int = 0) -> _Events:
         """What to poll beside anything else that is waited for."""
         events |= _HANG_UP or (0 if self._has_unread else POLLIN)
-        closing = {} if self._is_cut else {self._server.closing.descriptor: POLLIN}
+        closing = {self._server.closing.descriptor: POLLIN} if self._cut_at == math.inf else {}
         return {self.sock.fileno(): events, **closing}
 
     def react(self, ready: _Events) -> None:
         """Act on what poll reported of that, and take it out."""
         if ready.pop(self._server.closing.descriptor, 0):
-            self._is_cut, self.deadline = True, min(self.deadline, monotonic() + _CUT_SECONDS)
-            if self.run is None:
+            self._cut_at = monotonic() + _CUT_SECONDS
+            if self.run:
+                self.run.stop(_SHUTTING_DOWN)
+            elif self.is_used and self in self._server.idle:  # a client that was accepted just now gets an answer
                 raise _Gone(_SHUTTING_DOWN)
-            self.run.stop(_SHUTTING_DOWN)
         events = ready.pop(self.sock.fileno(), 0)
         if events & ~(POLLIN | POLLOUT) or (events & POLLIN and not _HANG_UP and self._has_left()):
             raise _Gone(_CLIENT_GONE)
@@ -718,7 +742,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             lines = self._read_head()
             started, line = monotonic(), _printable(lines[0])
             request = _parse_head(lines)
-            self.close_connection = request.is_last
+            self.close_connection = request.is_last or self.server.is_closing
+            if self.server.is_closing:
+                raise _busy(_SHUTTING_DOWN, "try again in a moment")
             request.read_body = partial(self._read_form, request)
             reply = self.server.site.answer(request)
         except Error as error:
@@ -859,7 +885,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             headers.append(("Connection", "close"))
         status = f"HTTP/1.1 {reply.status} {self.responses[HTTPStatus(reply.status)][0]}"
         client.send("\r\n".join([status, *map(": ".join, headers), "\r\n"]).encode("latin-1"))
-        client.is_chunked, client.body_bytes = is_chunked, 0
+        client.is_chunked, client.body_bytes, client.is_used = is_chunked, 0, True
 
     def finish(self) -> None:
         """Let the client read the answer: closing while it still sends would reset what it has not read."""
@@ -2119,6 +2145,7 @@ def _disk() -> str:
 # ---------------------------------------------------------------------------------------------
 # runs: their slots and entries; then a process group or a task's thread, and the one place that ends both
 
+_RUN_DESCRIPTORS = 6  # of a run: its outputs, its bell, its exit, and the transcript and watchdog of a kept one
 _ABANDON_SECONDS = 2.0  # for a process to be gone after SIGKILL: it can be stuck in the kernel
 _LOOK_SECONDS = 0.05  # between looks at what no event reports
 _REMIND_SECONDS = 0.25
@@ -2126,7 +2153,9 @@ _REMIND_SECONDS = 0.25
 _BLOCK_MIN_BYTES = 16 * 1024
 _BLOCK_MAX_BYTES = 512 * 1024
 _SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ, which Python has since 3.10; systems other than Linux refuse it
-_WATCHDOG = "read -r _; kill -TERM -$0; sleep $1; kill -KILL -$0"  # in the spelling that every shell takes
+# In the spelling that every shell takes. The jobs of a terminal are groups of the same session (proc_pid_stat(5)).
+_WATCHDOG = """read -r _; kill -TERM -$0; sleep $1; kill -KILL -$0
+for f in /proc/[0-9]*/stat; do read -r l <$f && set -- ${l##*\\) } && [ $4 = $0 ] && kill -KILL -$3; done"""
 # Why the server ends a run, besides its timeout and its output limit.
 _CLIENT_GONE = "client gone"
 _CLIENT_STALLED = "client stalled"
@@ -2181,6 +2210,7 @@ class Outcome(NamedTuple):
 _METRICS = """\
 runs_total counter Runs that have ended.
 runs_active gauge Runs that are going on.
+viewers gauge Readers of kept runs.
 output_bytes_total counter Bytes of output that were sent.
 run_seconds_total counter Time that runs have taken.
 clients gauge Open connections."""
@@ -2191,7 +2221,7 @@ class _Runs:
     """The runs of a site: a slot for each that goes on, the kept ones with their bounds, and what is counted."""
 
     def __init__(self, settings: Settings, closing: _Bell | None) -> None:
-        self.max_runs = settings.max_runs
+        self.max_runs, self._kept_max = settings.max_runs, settings.kept_runs
         self.active: set[_Entry] = set()  # with a slot each
         self._settings = settings
         self._closing = closing
@@ -2200,8 +2230,10 @@ class _Runs:
         self._kept: dict[str, _Entry] = {}  # by id, the oldest first
         self._counts: dict[str, float] = collections.defaultdict(float)  # by series, with its labels
 
-    def limit(self, affordable: int) -> None:
-        """Allow no more runs than there are descriptors for."""
+    def limit(self, descriptors: int) -> None:
+        """Allow no more runs than there are descriptors for; a fifth of them are for runs that have ended."""
+        self._kept_max = min(self._kept_max, descriptors // 5)
+        affordable = max(1, (descriptors - descriptors // 5) // _RUN_DESCRIPTORS - 2)
         if affordable < self.max_runs:
             _log.warning("there are descriptors for %d runs only, not %d: raise ulimit -n", affordable, self.max_runs)
             self.max_runs = affordable
@@ -2247,6 +2279,7 @@ class _Runs:
                 if room < min(_TRANSCRIPT_MIN_BYTES, size):
                     raise _busy("there is no room for another transcript")
                 entry.transcript = _open_transcript(self._settings, room)
+                entry.transcript.drop_another = self._drop_oldest
                 entry.id = secrets.token_urlsafe(16)
                 self._kept[entry.id] = entry
             undo.callback(self._kept.pop, entry.id, None)
@@ -2281,18 +2314,11 @@ class _Runs:
     def _record(self, entry: _Entry) -> None:
         """Write the output of a kept run into its transcript, until its end or the server's, and note how it ended."""
         run, transcript = entry.run, entry.transcript
-        ending = {self._closing.descriptor: POLLIN} if self._closing else {}
         try:
-            with _watchdog(run, self._settings), closing(run):
+            with closing(run):
                 while not run.is_over:
-                    for descriptor in run.wait(ending):
-                        if descriptor in ending:
-                            ending = {}
-                            run.stop(_SHUTTING_DOWN)
-                        else:
-                            data = run.read(descriptor)
-                            transcript.write(run.stream, data)
-                            transcript.wake()
+                    with _watchdog(run, self._settings) as dog:
+                        self._copy(run, transcript, dog)
         except Exception:
             _log.exception("a bug: kept run of %s", entry.name)
         outcome = run.outcome
@@ -2304,6 +2330,22 @@ class _Runs:
             f"kept={entry.id} command={entry.name} exit={outcome.exit_code} bytes={transcript.end} "
             f'seconds={outcome.seconds:.3f} end="{outcome.reason or "exit"}"'
         )
+
+    def _copy(self, run: Run, transcript: Transcript, dog: _Events) -> None:
+        """Write output into a transcript, until its end or that of the watchdog."""
+        ending = {self._closing.descriptor: POLLIN} if self._closing else {}
+        while not run.is_over:
+            for descriptor in run.wait({**ending, **dog}):
+                if descriptor in dog:
+                    time.sleep(_LOOK_SECONDS)  # in case that it cannot live
+                    return
+                if descriptor in ending:
+                    ending = {}
+                    run.stop(_SHUTTING_DOWN)
+                else:
+                    data = run.read(descriptor)
+                    transcript.write(run.stream, data)
+                    transcript.wake()
 
     def find(self, id_: str) -> _Entry:
         """The kept run of an id. Raises Error."""
@@ -2327,14 +2369,22 @@ class _Runs:
         settings = self._settings
         with self._lock:
             free = settings.transcripts_bytes - sum(entry.transcript.room for entry in self._kept.values())
-            ended = [entry for entry in self._kept.values() if entry.ended and not entry.command.is_source]
-            ended.sort(key=lambda entry: entry.ended)
+            ended = self._ended()
             for index, entry in enumerate(ended):
-                is_past = len(ended) - index > settings.kept_runs or monotonic() - entry.ended > settings.kept_seconds
+                is_past = len(ended) - index > self._kept_max or monotonic() - entry.ended > settings.kept_seconds
                 if is_past or (free < wanted_bytes and not entry.viewers):
                     del self._kept[entry.id]
                     free += entry.transcript.room
             return free
+
+    def _drop_oldest(self) -> bool:
+        with self._lock:
+            return any(self._kept.pop(entry.id) for entry in self._ended()[:1])
+
+    def _ended(self) -> list[_Entry]:
+        """The ended runs that may be dropped, the first to end first."""
+        ended = [entry for entry in list(self._kept.values()) if entry.ended and not entry.command.is_source]
+        return sorted(ended, key=lambda entry: entry.ended)
 
     def metrics(self, client_count: int) -> str:
         """The counts in Prometheus' text format (version 0.0.4)."""
@@ -2342,7 +2392,7 @@ class _Runs:
             counts = self._counts.copy()
             for entry in list(self.active):
                 counts[f'runs_active{{command="{entry.name}"}}'] += 1
-        counts["clients"] = client_count
+        counts["clients"], counts["viewers"] = client_count, sum(entry.viewers for entry in list(self._kept.values()))
         lines = []
         for line in _METRICS.split("\n"):
             name, type_, about = line.split(" ", 2)
@@ -2376,9 +2426,11 @@ class _Runs:
 
 
 @contextmanager
-def _watchdog(run: Run, settings: Settings) -> Iterator[None]:
-    """Have a shell end the run's process group if this program is killed, which ends the shell's input."""
+def _watchdog(run: Run, settings: Settings) -> Iterator[_Events]:
+    """Have a shell end the run's process group if this program is killed, which ends the shell's input. Yields what to
+    poll for the end of the shell."""
     with ExitStack() as stack:
+        watched: _Events = {}
         if isinstance(run, Process):
             argv = ["/bin/sh", "-c", _WATCHDOG, f"{run.pid}", f"{settings.grace_seconds}"]
             none, env = subprocess.DEVNULL, {"PATH": os.defpath}
@@ -2386,11 +2438,13 @@ def _watchdog(run: Run, settings: Settings) -> Iterator[None]:
                 dog = subprocess.Popen(  # unbuffered, or in a fork closing its input could wait for a lock for ever
                     argv, 0, stdin=subprocess.PIPE, stdout=none, stderr=none, cwd="/", env=env, start_new_session=True
                 )
-                _files.add(stack.enter_context(dog).stdin)
+                pipe: Any = stack.enter_context(dog).stdin
+                _files.add(pipe)
                 stack.callback(dog.kill)  # before its input is closed
+                watched[pipe.fileno()] = 0
             except OSError as error:
                 _log.warning("%s has no watchdog: %s", run, error)
-        yield
+        yield watched
 
 
 class Run:
@@ -2460,8 +2514,10 @@ class Run:
                 if skipped and not format_.can_skip:  # the client could not tell that something is missing
                     self.stop(_OVERTAKEN)
                     break
-                yield (format_.skip(skipped) if skipped else b"") + (format_.feed(self.stream, data) if data else b"")
-                del data  # the next block takes its place in memory
+                yield format_.skip(skipped) if skipped else b""
+                for part in format_.cut(data):
+                    yield format_.feed(self.stream, part)
+                data = part = b""  # the next block takes its place in memory
             yield format_.pause() if monotonic() >= format_.due else b""
         yield format_.end(self.outcome)
 
@@ -3020,6 +3076,12 @@ class Format:
         self._last_output = self.timer()  # when the run last wrote
         self.due = self._last_output + self.options.heartbeat_seconds  # when `pause` is to be called
 
+    def cut(self, data: bytes) -> Sequence[bytes]:
+        """A block of output in parts that are short even when each byte of them has become a line of its own."""
+        lines = 1 + data.count(b"\n") + data.count(b"\r") if self.block_bytes < _BLOCK_MAX_BYTES else 1
+        size = max(1, len(data) * _BLOCK_LINES // max(lines, _BLOCK_LINES))
+        return [data[at : at + size] for at in range(0, len(data), size)]
+
     def feed(self, stream: str, data: bytes) -> bytes:
         """Output of the run, as the client gets it."""
         self._last_output = self.timer()
@@ -3182,7 +3244,8 @@ _TERMINAL_TOKEN = re.compile(
     "(?P<text>[^\x00-\x08\x0b-\x1f\x7f-\x9f]+)"
     f"|(?P<unfinished>(?:\r+|{_CSI_PART}|{_STRING_PART}\x1b?|\x1b[ -/]{{0,8}})\\Z)"
     f"|(?:\x1b\\[|\x9b)(?P<style>[0-;]{{0,{_ESCAPE_CHARACTERS}}})m|\r+(?=\n)|(?P<returned>\r+)"
-    f"|{_CSI_PART}[@-~]|{_STRING_PART}(?:\x07|\x1b\\\\|\x9c)|\x1b[ -/]{{0,8}}[0-~]?|."
+    f"|{_CSI_PART}[@-~]|{_STRING_PART}(?:\x07|\x1b\\\\|\x9c)|\x1b+(?=\x1b)|\x1b[ -/]{{0,8}}[0-~]?"
+    "|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]+|."
 )
 
 
@@ -3195,7 +3258,19 @@ class _Lane:
         self.held = ""
         self.is_in_line = False
         self.style = dict(_STYLES[0])
-        self.span = ""  # the tag that begins text in this style
+        self._span: str | None = ""  # if it is known
+
+    def change(self, parameters: str) -> None:
+        """Change the style."""
+        _set_style(self.style, parameters)
+        self._span = None
+
+    @property
+    def span(self) -> str:
+        """The tag that begins text in this style."""
+        if self._span is None:
+            self._span = _span(self.style)
+        return self._span
 
 
 class Html(Format):
@@ -3216,11 +3291,13 @@ class Html(Format):
         self._last: _Lane | None = None  # the lane of the last line
         self._end = ""  # what ends that line, if it is open
         self._span = ""  # the tag that began the last text in it
+        self._host = f"<b>{html.escape(self.options.hostname)}</b> " if self.options.hostname else ""
         page = _make_page(self.options.title, _VIEW_STYLE, _fill(_VIEW, {}, TITLE=self.options.title))
         self.beginning = page.partition("</body>")[0].encode()  # `end` writes the rest
 
     def feed(self, stream: str, data: bytes) -> bytes:
         super().feed(stream, data)
+        self._stamp = f"<time>{_timestamp(self.clock())}</time> " if self.options.timestamps else ""
         lane = self._lanes[stream]
         return "".join(self._write(lane, lane.held + lane.decode(data))).encode()
 
@@ -3246,8 +3323,7 @@ class Html(Format):
                     yield self._begin(lane) + rest
                     lane.is_in_line = True
             elif kind == "style":
-                _set_style(lane.style, token[kind])
-                lane.span = _span(lane.style)
+                lane.change(token[kind])
             elif kind == "unfinished":
                 lane.held = token[0]
             elif kind == "returned" and self._last is lane:
@@ -3292,9 +3368,7 @@ class Html(Format):
     def _tag(self, classes: str) -> str:
         """The beginning of a line."""
         class_ = f' class="{classes.strip()}"' if classes else ""
-        stamp = f"<time>{_timestamp(self.clock())}</time> " if self.options.timestamps else ""
-        host = f"<b>{html.escape(self.options.hostname)}</b> " if self.options.hostname else ""
-        return f"<samp{class_}>{stamp}{host}"
+        return f"<samp{class_}>{self._stamp}{self._host}"
 
     def _close_line(self) -> str:
         """Close the last line, if it is open."""
@@ -3413,6 +3487,7 @@ class Transcript:
         self._lock = Lock()  # guards what follows, and the place in the file
         self._changes = [(0, "stdout")]  # offsets at which the stream changes, and to which
         self._is_failing = False  # which is logged once
+        self.drop_another: Callable[[], bool] = lambda: False  # to make room on a full disk; False if there is none
         self.waiting: weakref.WeakSet[_Bell] = weakref.WeakSet()  # of readers that have read all there is
 
     def __del__(self) -> None:
@@ -3431,16 +3506,19 @@ class Transcript:
                 self._changes.append((self.end, stream))
             many = self._changes[_CHANGES_MAX // 2][0] if len(self._changes) > _CHANGES_MAX else 0
             self._forget(max(end - self.size, many))
-            try:
-                while view:
-                    at = (end - len(view)) % self.size
+            while view:
+                at = (end - len(view)) % self.size
+                try:
                     self._file.seek(at)
                     view = view[self._file.write(view[: self.size - at]) :]
-            except OSError as error:
-                self._forget(end)
-                if not self._is_failing:
-                    _log.warning("a transcript has lost output: %s", error)
-                self._is_failing = True
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT) and self.drop_another():
+                        continue
+                    self._forget(end)
+                    if not self._is_failing:
+                        _log.warning("a transcript has lost output: %s", error)
+                    self._is_failing = True
+                    break
             self.end = end
 
     def _forget(self, start: int) -> None:

@@ -306,10 +306,10 @@ class ServerCase(unittest.TestCase):
 
 
 class Program:
-    """streamlog.py as a process of its own."""
+    """streamlog.py as a process of its own, perhaps behind the words of a program that executes it."""
 
-    def __init__(self, *arguments: str, **options: Any) -> None:
-        command = [sys.executable, PROGRAM, *arguments]
+    def __init__(self, *arguments: str, prefix: Sequence[str] = (), **options: Any) -> None:
+        command = [*prefix, sys.executable, PROGRAM, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, **{"cwd": ROOT, **pipes, **options})
         assert self.process.stdout

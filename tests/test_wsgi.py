@@ -54,7 +54,7 @@ class WsgiCase(EmbeddingCase):
             client.send(body)
             return client.read_answer(method)
 
-    def call(self, **environ: str) -> tuple[str, dict[str, str], bytes]:
+    def call(self, **environ: Any) -> tuple[str, dict[str, str], bytes]:
         """Call the application as a server does."""
         told: list[Any] = []
         given = {"REQUEST_METHOD": "GET", "HTTP_HOST": "localhost", "wsgi.url_scheme": "http", **environ}

@@ -1,0 +1,264 @@
+"""Faults that do not come from a client: a lack of descriptors or disk, killed helpers, and the moments of an end."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import streamlog
+
+from .support import (
+    CERTIFICATE,
+    IS_ROOT,
+    PROGRAM,
+    ROOT,
+    Program,
+    ServerCase,
+    children,
+    descriptors,
+    is_alive,
+    pids_in,
+    processor_seconds,
+    try_connect,
+    wait_until,
+)
+
+LIBSSL = ctypes.util.find_library("ssl")
+
+
+def limited(descriptor_count: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor_count, descriptor_count))
+
+
+def can_unshare(*flags: str) -> bool:
+    with open(os.devnull, "w") as null:
+        return bool(
+            IS_ROOT
+            and shutil.which("unshare")
+            and subprocess.run(["unshare", *flags, "true"], stderr=null, check=False).returncode == 0
+        )
+
+
+class Kept(ServerCase):
+    def test_ended_runs_do_not_use_up_the_descriptors(self) -> None:
+        with Program("-p", "0", "-q", "x=echo x", preexec_fn=lambda: limited(64)) as program:
+            for _ in range(100):
+                path = program.fetch("/x?async=1").headers["location"]
+                wait_until(lambda path=path: program.fetch(f"{path}?wait").status == 200, "it ends")  # type: ignore[misc]
+            clients = [program.connect() for _ in range(10)]
+            for client in clients:
+                client.get("/-/healthy")
+                self.assertEqual(client.read_answer().status, 200)
+                client.sock.close()
+            self.assertEqual(program.fetch("/x").body, b"x\n")
+
+    def test_they_go_by_the_clock_though_nobody_looks(self) -> None:
+        with mock.patch.object(streamlog, "_SWEEP_SECONDS", 0.1):
+            server = self.serve({"x": "echo x"}, kept_seconds=0.3)
+            location = self.fetch(server, "/x?async=1").headers["location"]
+            self.assertEqual(self.fetch(server, f"{location}?wait").status, 200)
+            wait_until(lambda: not any("/var/tmp/#" in one for one in descriptors()), "its transcript is closed", 3)
+
+    def test_a_clock_that_is_set_changes_neither_ages_nor_durations(self) -> None:
+        server = self.serve({"x": "sleep 0.2"})
+        for shift in (86_400, -86_400):
+            location = self.fetch(server, "/x?async=1").headers["location"]
+            moment = time.time() + shift
+            with mock.patch("time.time", lambda moment=moment: moment):
+                answer = self.fetch(server, f"{location}?wait&footer=1")
+                self.assertRegex(answer.body, rb"^\[exit 0, 0\.[234] s\]\n$")
+                self.assertEqual(self.fetch(server, location).status, 200)
+
+    @unittest.skipUnless(can_unshare("--mount"), "no file system can be mounted")
+    def test_the_oldest_makes_room_on_a_full_disk(self) -> None:
+        disk = self.folder / "disk"
+        disk.mkdir()
+        script = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
+        prefix = ["unshare", "--mount", "sh", "-c", script, str(disk)]
+        arguments = ["--transcripts", str(disk), "x=head -c {n:int} /dev/zero", "-p", "0", "-q"]
+        with Program(*arguments, prefix=prefix) as program:
+            first = program.fetch("/x?async=1&n=2000000").headers["location"]
+            wait_until(lambda: b"are no longer kept" in program.fetch(first).body, "the disk is full")
+            second = program.fetch("/x?async=1&n=900000").headers["location"]
+            answer = program.fetch(f"{second}?wait")
+            self.assertEqual((answer.status, len(answer.body)), (200, 900_000))
+            self.assertEqual(program.fetch(first).status, 410)
+
+
+class Watchdogs(ServerCase):
+    def test_one_that_is_killed_is_replaced_and_leaves_no_zombie(self) -> None:
+        note = self.folder / "pid"
+        with Program("-p", "0", "-q", "--grace", "0.3", f"x=!echo $$ > {note}; exec sleep 300") as program:
+            program.fetch("/x?async=1")
+            wait_until(lambda: note.exists() and note.read_text(), "it runs")
+            (pid,) = pids_in(note.read_bytes())
+            for _ in range(3):
+                theirs = wait_until(lambda: children(program.process.pid) - {pid}, "there is a watchdog")
+                (dog,) = theirs
+                os.kill(dog, signal.SIGKILL)
+                wait_until(lambda dog=dog: not os.path.exists(f"/proc/{dog}"), "it is reaped")  # type: ignore[misc]
+            wait_until(lambda: children(program.process.pid) - {pid}, "there is another")
+            self.assertTrue(is_alive(pid))
+            program.process.kill()
+            program.end()
+        wait_until(lambda: not is_alive(pid), "the run has ended", 5)
+
+    @unittest.skipUnless(shutil.which("bash"), "bash is not installed")
+    def test_jobs_of_a_terminal_end_with_a_server_that_is_killed(self) -> None:
+        note = self.folder / "pids"
+        script = self.folder / "jobs"
+        script.write_text(
+            f"trap '' HUP\nsleep 301 & sleep 302 &\necho $$ $(jobs -p) > {note}.new; mv {note}.new {note}; wait\n"
+        )
+        (self.folder / "c.ini").write_text(f"[x]\ncommand = bash -m {script}\npty = yes\n")
+        with Program("-p", "0", "-q", "--grace", "0.3", "-c", str(self.folder / "c.ini")) as program:
+            program.fetch("/x?async=1")
+            wait_until(note.exists, "it runs")
+            pids = set(pids_in(note.read_bytes()))
+            self.assertEqual(len(pids), 3)
+            program.process.kill()
+            program.end()
+        wait_until(lambda: not any(map(is_alive, pids)), "all of it has ended", 5)
+
+
+class Ends(ServerCase):
+    def test_a_client_that_was_accepted_gets_an_answer_while_the_server_closes(self) -> None:
+        server = self.serve({"x": "echo x"})
+        new, idle = self.connect(server), self.connect(server)
+        idle.get("/x")
+        idle.read_answer()
+        wait_until(lambda: len(server._clients) == 2, "both are accepted")
+        server.shutdown()
+        self.assertTrue(idle.is_closed())
+        new.get("/x")
+        answer = new.read_answer()
+        self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "1"))
+        self.assertTrue(new.is_closed())
+
+    def test_one_that_sends_nothing_holds_nothing_up(self) -> None:
+        server = self.serve({"x": "echo x"})
+        clients = [self.connect(server) for _ in range(3)]
+        wait_until(lambda: len(server._clients) == 3, "they are accepted")
+        started = time.monotonic()
+        server.close()
+        self.assertLess(time.monotonic() - started, 1.5)
+        self.assertTrue(all(client.is_closed() for client in clients))
+
+    def test_the_exit_code_is_0_whatever_has_become_of_its_output(self) -> None:
+        for stream in ("stdout", "stderr"):
+            for kind in ("full", "broken"):
+                with self.subTest(stream=stream, kind=kind):
+                    reader, writer = os.pipe()
+                    if kind == "full":
+                        os.close(writer)
+                        writer = os.open("/dev/full", os.O_WRONLY)
+                    with socket.create_server(("127.0.0.1", 0)) as free:
+                        port = free.getsockname()[1]
+                    os.close(reader)
+                    given: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: writer}
+                    process = subprocess.Popen([sys.executable, PROGRAM, "-p", str(port), "x=echo x"], **given)
+                    self.addCleanup(process.wait, 10)
+                    self.addCleanup(process.kill)
+                    os.close(writer)
+                    client = wait_until(lambda port=port: try_connect(("127.0.0.1", port)), "it listens")  # type: ignore[misc]
+                    with client:
+                        client.get("/x")
+                        self.assertEqual(client.read_answer().body, b"x\n")
+                    process.terminate()
+                    self.assertEqual(process.wait(10), 0)
+
+    def test_an_interrupt_while_it_starts_is_no_traceback(self) -> None:
+        fifo = self.folder / "fifo"
+        os.mkfifo(fifo)
+        process = subprocess.Popen([sys.executable, PROGRAM, "-c", str(fifo)], stderr=-1, cwd=ROOT)
+        self.addCleanup(process.wait, 10)
+        self.addCleanup(process.kill)
+        with open(fifo, "w"):  # now it reads the file
+            process.send_signal(signal.SIGINT)
+            self.assertEqual(process.communicate(timeout=10)[1], b"")
+        self.assertEqual(process.returncode, -signal.SIGINT)
+
+    @unittest.skipUnless(can_unshare("--net"), "no network can be made")
+    def test_a_name_stands_for_the_first_address_that_this_machine_has(self) -> None:
+        script = 'ip link set lo up && ip addr del 127.0.0.1/8 dev lo && exec timeout 3 "$@"'
+        arguments = [sys.executable, "-u", PROGRAM, "-q", "-b", "localhost", "-p", "8000", "x=true"]
+        found = subprocess.run(
+            ["unshare", "--net", "sh", "-c", script, "sh", *arguments], capture_output=True, text=True, check=False
+        )
+        self.assertEqual(found.stdout, "http://[::1]:8000\n", found.stderr)
+
+
+class OwnModules(ServerCase):
+    def test_a_file_beside_the_program_does_not_pass_for_a_module(self) -> None:
+        copy = self.folder / "streamlog.py"
+        copy.write_bytes(Path(PROGRAM).read_bytes())
+        for name in ("html", "argparse", "configparser", "asyncio", "json"):
+            (self.folder / f"{name}.py").write_text("raise SystemExit('taken in')\n")
+        (self.folder / "c.ini").write_text("[x]\ncommand = echo x\n")
+        for how in ([str(copy)], ["-m", "streamlog"], ["-"], ["-I", str(copy)]):
+            with open(copy) as program:
+                found = subprocess.run(
+                    [sys.executable, *how, "--check", "-c", "c.ini"],
+                    cwd=self.folder,
+                    stdin=program,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+            self.assertEqual((found.returncode, found.stderr), (0, ""), how)
+            self.assertIn("echo x", found.stdout)
+
+
+@unittest.skipUnless(LIBSSL, "there is no libssl to speak to by hand")
+class KeyUpdates(ServerCase):
+    """RFC 8446 section 4.6.3: a client may change its keys at any time, and have the server change its own."""
+
+    def test_a_client_that_sends_nothing_else_is_closed(self) -> None:
+        lib = ctypes.CDLL(LIBSSL)
+        pointer = ctypes.c_void_p
+        for name, result, *arguments in (
+            ("TLS_client_method", pointer),
+            ("SSL_CTX_new", pointer, pointer),
+            ("SSL_new", pointer, pointer),
+            ("SSL_set_fd", ctypes.c_int, pointer, ctypes.c_int),
+            ("SSL_connect", ctypes.c_int, pointer),
+            ("SSL_do_handshake", ctypes.c_int, pointer),
+            ("SSL_key_update", ctypes.c_int, pointer, ctypes.c_int),
+            ("SSL_free", None, pointer),
+            ("SSL_CTX_free", None, pointer),
+        ):
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, arguments
+        with Program("-p", "0", "-q", "--tls-cert", CERTIFICATE, "x=echo x", cwd=ROOT) as program:
+            for wants_answer in (0, 1):
+                with socket.create_connection(("127.0.0.1", program.port)) as sock:
+                    context = lib.SSL_CTX_new(lib.TLS_client_method())
+                    connection = lib.SSL_new(context)
+                    lib.SSL_set_fd(connection, sock.fileno())
+                    self.assertEqual(lib.SSL_connect(connection), 1)
+                    started = time.monotonic()
+                    while lib.SSL_key_update(connection, wants_answer) == lib.SSL_do_handshake(connection) == 1:
+                        self.assertLess(time.monotonic() - started, 30, "closed early")
+                    self.assertGreater(time.monotonic() - started, 5, "but not at once")
+                    lib.SSL_free(connection)
+                    lib.SSL_CTX_free(context)
+            spent = processor_seconds(program.process.pid)
+            time.sleep(0.5)
+            self.assertLess(processor_seconds(program.process.pid) - spent, 0.1)
+
+
+if __name__ == "__main__":
+    unittest.main()
