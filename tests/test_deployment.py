@@ -1,8 +1,10 @@
-"""What the README says of nginx, systemd and many boxes, taken from it and tried."""
+"""What the README says of proxies, systemd and many boxes, taken from it and tried."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import hashlib
 import json
 import os
 import re
@@ -24,6 +26,7 @@ from .support import (
     IS_ROOT,
     PROGRAM,
     ROOT,
+    SOAK,
     Raw,
     ServerCase,
     is_alive,
@@ -34,7 +37,7 @@ from .support import (
 from .test_browser import BrowserCase
 
 README = (ROOT / "README.md").read_text()
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+NGINX, HAPROXY = (shutil.which(name) or shutil.which(name, path="/usr/sbin") for name in ("nginx", "haproxy"))
 TOKEN = "a-long-token-of-the-tests"
 
 
@@ -48,19 +51,9 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def front(case: ServerCase, address: str) -> int:
-    """Start nginx with the README's location before another address; its port."""
-    port = free_port()
-    location = block("nginx", "proxy_pass").replace("http://127.0.0.1:8000/", address)
-    folder = Path(tempfile.mkdtemp(dir=case.folder))
-    (folder / "conf").write_text(
-        f"daemon off; error_log stderr; pid {folder}/pid; worker_processes 1; events {{}}\n"
-        + ("user root;\n" if IS_ROOT else "")
-        + f"http {{ access_log off; proxy_temp_path {folder}/proxy; client_body_temp_path {folder}/body;\n"
-        f"fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;\n"
-        f"server {{ listen 127.0.0.1:{port};\n{location}}} }}\n"
-    )
-    process = subprocess.Popen([str(NGINX), "-c", str(folder / "conf")], stderr=subprocess.DEVNULL)
+def start_proxy(case: ServerCase, port: int, *command: str) -> None:
+    """Start a proxy, and wait until it listens."""
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     case.addCleanup(process.wait, 10)
     case.addCleanup(process.terminate)
 
@@ -69,7 +62,25 @@ def front(case: ServerCase, address: str) -> int:
             return True
         return False
 
-    wait_until(is_up, "nginx listens")
+    wait_until(is_up, f"{command[0]} listens")
+
+
+def front(case: ServerCase, address: str, buffers_input: bool = False) -> int:
+    """Start nginx with the README's location before another address; its port."""
+    port = free_port()
+    location = block("nginx", "proxy_pass").replace("http://127.0.0.1:8000/", address)
+    if buffers_input:
+        location = location.replace("proxy_request_buffering off", "proxy_request_buffering on")
+    folder = Path(tempfile.mkdtemp(dir=case.folder))
+    (folder / "conf").write_text(
+        f"daemon off; error_log stderr; pid {folder}/pid; worker_processes 1; events {{}}\n"
+        + ("user root;\n" if IS_ROOT else "")
+        + f"http {{ access_log off; proxy_temp_path {folder}/proxy; client_body_temp_path {folder}/body;\n"
+        f"fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;\n"
+        "client_max_body_size 0;\n"  # it refuses more than 1 MB otherwise
+        f"server {{ listen 127.0.0.1:{port};\n{location}}} }}\n"
+    )
+    start_proxy(case, port, str(NGINX), "-c", str(folder / "conf"))
     return port
 
 
@@ -137,6 +148,82 @@ class NginxInABrowser(BrowserCase):
         self.browser.run("document.querySelector('[aria-label=\"Stop x\"]').click()")
         wait_until(lambda: not is_alive(pid), "the run is stopped", 3)
         self.see("frames.view.document.body.textContent.includes('Nothing is running')", "the idle page")
+
+
+HAPROXY_CONF = """
+global
+    stats socket {folder}/stats
+defaults
+    mode http
+    timeout connect 10s
+    timeout client 1m
+    timeout server 1m
+    timeout check 10s
+frontend front
+    bind 127.0.0.1:{port}
+    default_backend back
+backend back
+    option httpchk GET /-/healthy
+    default-server check inter 100ms fall 1 rise 1
+    server box 127.0.0.1:{server.port}
+"""
+
+
+@unittest.skipUnless(shutil.which("curl"), "curl is not installed")
+class Uploads(ServerCase):
+    """20 MB at a time, of known and of unknown length, by clients that wait to be asked for them and that do not."""
+
+    LENGTHS = (["-T", "data"], ["-T", "-"])
+    EXPECTATIONS: tuple[list[str], ...] = ([], ["-H", "Expect: 100-continue"], ["-H", "Expect:"])
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = os.urandom(20_000_000)
+        (self.folder / "data").write_bytes(self.data)
+        self.server = self.serve({"sum": Command("sha256sum", stdin=True), "cat": Command("cat", stdin=True)})
+
+    def upload(self, url: str, expected: bytes) -> None:
+        """Upload the data in every way, and expect the same answer each time."""
+        ways = [[*length, *expectation] for length in self.LENGTHS for expectation in self.EXPECTATIONS]
+        for way in ways * (10 if SOAK >= 1000 else 2):
+            command = ["curl", "-sS", "--max-time", "30", "-w", "%{http_code}", *way, url]
+            with open(self.folder / "data", "rb") as data:
+                done = subprocess.run(command, stdin=data, capture_output=True, cwd=self.folder)
+            answer, status = done.stdout[:-3], done.stdout[-3:]
+            self.assertEqual((done.returncode, status, done.stderr), (0, b"200", b""), way)
+            self.assertTrue(answer == expected, f"{way}: {len(answer)} bytes: {answer[:100]!r}")
+
+    def digest(self) -> bytes:
+        return f"{hashlib.sha256(self.data).hexdigest()}  -\n".encode()
+
+    @unittest.skipUnless(NGINX, "nginx is not installed")
+    def test_through_nginx_that_passes_input_on_as_it_comes(self) -> None:
+        self.upload(f"http://127.0.0.1:{front(self, f'{self.server.url}/')}/box/sum", self.digest())
+
+    @unittest.skipUnless(NGINX, "nginx is not installed")
+    def test_through_nginx_that_buffers_input(self) -> None:
+        port = front(self, f"{self.server.url}/", buffers_input=True)
+        self.upload(f"http://127.0.0.1:{port}/box/sum", self.digest())
+
+    @unittest.skipUnless(HAPROXY, "haproxy is not installed")
+    def test_through_haproxy_which_finds_the_server_healthy(self) -> None:
+        port = free_port()
+        (self.folder / "conf").write_text(HAPROXY_CONF.format(folder=self.folder, port=port, server=self.server))
+        start_proxy(self, port, str(HAPROXY), "-db", "-f", str(self.folder / "conf"))
+
+        def health() -> tuple[str, str, str]:
+            """The state of the server, what the last check has found, and how many have failed."""
+            with Raw(f"{self.folder}/stats") as client:
+                client.send(b"show stat back 4 -1\n")  # the servers of a backend
+                client.is_closed()
+            (row,) = csv.DictReader(client.buffer.decode().strip("# \n").splitlines())
+            return row["status"], row["check_status"].lstrip("* "), row["chkfail"]  # a * while the next check goes on
+
+        wait_until(lambda: health()[1] != "INI", "the server is checked")
+        self.assertEqual(health(), ("UP", "L7OK", "0"))
+        self.upload(f"http://127.0.0.1:{port}/sum", self.digest())
+        self.upload(f"http://127.0.0.1:{port}/cat", self.data)  # its output begins before the input ends
+        self.assertEqual(health(), ("UP", "L7OK", "0"))
 
 
 class Units(ServerCase):
