@@ -77,7 +77,6 @@ def front(case: ServerCase, address: str, buffers_input: bool = False) -> int:
         + ("user root;\n" if IS_ROOT else "")
         + f"http {{ access_log off; proxy_temp_path {folder}/proxy; client_body_temp_path {folder}/body;\n"
         f"fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;\n"
-        "client_max_body_size 0;\n"  # it refuses more than 1 MB otherwise
         f"server {{ listen 127.0.0.1:{port};\n{location}}} }}\n"
     )
     start_proxy(case, port, str(NGINX), "-c", str(folder / "conf"))
