@@ -67,10 +67,10 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
-    del sys.path[0]  # a file beside this one, perhaps in a shared folder, must not pass for a module of Python's
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the start without a traceback
+    if not getattr(sys.flags, "safe_path", sys.flags.isolated):
+        del sys.path[0]  # a file beside this one, perhaps in a shared folder, must not pass for a module of Python's
 if os.name != "posix" or sys.version_info < (3, 9):  # checked first: an import below would fail with less help
     _NEEDS = "streamlog needs Python 3.9 or newer on a POSIX system (Linux, macOS; on Windows, WSL)"
     if __name__ == "__main__":
@@ -742,9 +742,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             lines = self._read_head()
             started, line = monotonic(), _printable(lines[0])
             request = _parse_head(lines)
-            self.close_connection = request.is_last or self.server.is_closing
             if self.server.is_closing:
                 raise _busy(_SHUTTING_DOWN, "try again in a moment")
+            self.close_connection = request.is_last
             request.read_body = partial(self._read_form, request)
             reply = self.server.site.answer(request)
         except Error as error:
@@ -1049,8 +1049,8 @@ def _parse_headers(lines: Sequence[str]) -> dict[str, str]:
         headers[name] = value
     *others, last = _split_list(headers.get("transfer-encoding", "chunked"))
     if others or last != "chunked":  # without it at the end, and there alone, nobody knows where the body ends
-        is_sound = last == "chunked" not in others
-        raise Error("the only transfer encoding that this server accepts is chunked", 501 if is_sound else 400)
+        status = 501 if last == "chunked" not in others else 400
+        raise Error("the only transfer encoding that this server accepts is chunked", status)
     if {"transfer-encoding", "content-length"} <= headers.keys():
         raise Error("a body has a Content-Length or comes in chunks, not both")
     if not re.fullmatch("[0-9]{1,15}", headers.get("content-length", "0")):
@@ -3258,19 +3258,7 @@ class _Lane:
         self.held = ""
         self.is_in_line = False
         self.style = dict(_STYLES[0])
-        self._span: str | None = ""  # if it is known
-
-    def change(self, parameters: str) -> None:
-        """Change the style."""
-        _set_style(self.style, parameters)
-        self._span = None
-
-    @property
-    def span(self) -> str:
-        """The tag that begins text in this style."""
-        if self._span is None:
-            self._span = _span(self.style)
-        return self._span
+        self.span = ""  # the tag that begins text in this style
 
 
 class Html(Format):
@@ -3323,7 +3311,8 @@ class Html(Format):
                     yield self._begin(lane) + rest
                     lane.is_in_line = True
             elif kind == "style":
-                lane.change(token[kind])
+                _set_style(lane.style, token[kind])
+                lane.span = _span(lane.style)
             elif kind == "unfinished":
                 lane.held = token[0]
             elif kind == "returned" and self._last is lane:
