@@ -2744,6 +2744,8 @@ class Process(Run):
         self._stdin, stdout = process.stdin, process.stdout
         if self._terminal is not None:
             stdout = _own(self._terminal)
+            # The end of the last copy would hang up on a program that has closed its files and is about to exit.
+            self._held.enter_context(_own(os.dup(self._terminal)))
             self._stdin = _own(os.dup(self._terminal), "wb") if launch.stdin == "pipe" else None
         for stream, file in (("stdin", self._stdin), ("stdout", stdout), ("stderr", process.stderr)):
             if file:

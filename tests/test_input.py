@@ -417,6 +417,13 @@ class Terminals(InputCase):
         self.assertEqual(self.fetch(server, "/x").trailers, {"Exit-Code": "3"})
         self.assertEqual(self.fetch(server, "/y").trailers, {"Exit-Code": "137"})
 
+    def test_a_program_that_closes_its_terminal_before_it_exits_is_not_hung_up_on(self) -> None:
+        line = "!echo out; exec <&- >&- 2>&-; sleep 0.3; exit 3"
+        for stdin in (False, True):
+            server = self.serve({"x": Command(line, pty=True, stdin=stdin)})
+            answer = self.fetch(server, "/x", "POST" if stdin else "GET")
+            self.assertEqual((answer.body, answer.trailers["Exit-Code"]), (b"out\n", "3"))
+
     def test_a_program_that_is_missing_is_a_500(self) -> None:
         text = self.folder / "text"
         text.write_text("no program\n")
