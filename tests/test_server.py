@@ -716,13 +716,19 @@ class Departures(ServerCase):
             self.assertEqual(client.read_answer().status, 408)
 
     @unittest.skipUnless(IS_ROOT and shutil.which("ip"), "needs root and ip(8) for a network that can be cut")
-    def test_a_client_that_vanishes_is_noticed_by_probes(self) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.vanish"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-        )
-        if done.returncode == 77:
-            self.skipTest(done.stdout)
-        self.assertEqual((done.returncode, done.stdout), (0, "gone\n"), done.stderr)
+    def test_a_client_that_vanishes_is_noticed_by_probes_or_by_what_it_does_not_take(self) -> None:
+        for line, stall_seconds in (("sleep 300", "0"), ("!while echo more; do sleep 0.1; done", "1")):
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.vanish", line, stall_seconds],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            if done.returncode == 77:
+                self.skipTest(done.stdout)
+            self.assertEqual((done.returncode, done.stdout), (0, "gone\n"), done.stderr)
 
     def test_clients_that_misbehave_print_no_traceback_and_hurt_nobody(self) -> None:
         server = self.serve({"yes": "yes", "sleep": "sleep 300", "x": "echo x"})

@@ -1,4 +1,4 @@
-"""Run by test_server as root: a client on another host of our own making, whose cable is pulled.
+"""Run by test_server as root: a client on another host of our own making, whose cable is pulled while a command runs.
 
 Exits with 77 where the system does not let us make a network namespace.
 """
@@ -19,7 +19,8 @@ import socket
 sock = socket.create_connection(("{host}", {port}))
 sock.sendall(b"GET /x HTTP/1.1\\r\\nHost: {host}\\r\\n\\r\\n")
 print(sock.recv(100)[:12].decode(), flush=True)
-sock.recv(1 << 20), sock.recv(1 << 20)
+while sock.recv(1 << 20):
+    pass
 """
 
 
@@ -27,7 +28,7 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
 
 
-def main() -> int:
+def main(line: str, stall_seconds: str) -> int:
     name = f"slog{os.getpid()}"
     network = f"10.213.{os.getpid() % 250}"
     try:
@@ -41,8 +42,15 @@ def main() -> int:
         ip("link", "set", f"{name}a", "up")
         ip("-n", name, "addr", "add", f"{network}.2/24", "dev", f"{name}b")
         ip("-n", name, "link", "set", f"{name}b", "up")
-        settings = Settings(bind=f"{network}.1", port=0, no_auth=True, keepalive_seconds=1, grace_seconds=1)
-        with Server({"x": Command("sleep 300")}, settings).start() as server:
+        settings = Settings(
+            bind=f"{network}.1",
+            port=0,
+            no_auth=True,
+            keepalive_seconds=1,
+            grace_seconds=1,
+            stall_seconds=float(stall_seconds),
+        )
+        with Server({"x": Command(line)}, settings).start() as server:
             script = CLIENT.format(host=f"{network}.1", port=server.port)
             inside = ["ip", "netns", "exec", name, sys.executable, "-c", script]
             client = subprocess.Popen(inside, stdout=subprocess.PIPE, text=True)
@@ -64,4 +72,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
