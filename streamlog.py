@@ -1655,8 +1655,9 @@ class _Entry:
 
     def view(self, offset: int, stop: float = math.inf) -> _Replay:
         """A run that replays this one from an offset, and follows it to its end or to the offset `stop`."""
+        run = _Replay(self.transcript, offset, self.leave, stop)  # before the viewer counts: it may fail
         self.enter()
-        return _Replay(self.transcript, offset, self.leave, stop)
+        return run
 
     def enter(self) -> None:
         """Count a viewer. `leave` must follow."""
