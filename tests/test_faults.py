@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import os
@@ -94,6 +95,28 @@ class Kept(ServerCase):
             answer = program.fetch(second)
             self.assertEqual((answer.status, answer.body.count(b"\0"), len(answer.body)), (200, 900_000, 900_000))
             self.assertEqual(program.fetch(first).status, 410)
+
+
+class Memory(ServerCase):
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "needs prlimit(2)")
+    def test_after_a_lack_of_memory_it_serves_again(self) -> None:
+        with Program("-p", "0", "-q", "x=echo x", start_new_session=True) as program:
+            pid = program.process.pid
+            self.assertEqual(program.fetch("/x").body, b"x\n")
+            free = resource.prlimit(pid, resource.RLIMIT_AS)
+            for more in (0, 1 << 20, 9 << 20, 17 << 20):  # a thread's stack has 8 MiB
+                size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+                resource.prlimit(pid, resource.RLIMIT_AS, (size + more, free[1]))
+                clients = [program.connect() for _ in range(40)]
+                for client in clients:
+                    with contextlib.suppress(OSError):
+                        client.get("/x")
+                time.sleep(0.3)
+                resource.prlimit(pid, resource.RLIMIT_AS, free)
+                for client in clients:
+                    client.sock.close()
+                wait_until(lambda: self.metric(program.connect(), "streamlog_clients") == 1, "they are gone", 5)
+                self.assertEqual(program.fetch("/x").body, b"x\n")
 
 
 class Watchdogs(ServerCase):
