@@ -2733,7 +2733,7 @@ class Process(Run):
     def __init__(self, launch: Launch, settings: Settings, timeout: float | None, release: _Release) -> None:
         super().__init__(launch, settings, timeout)
         try:
-            self._process, self._terminal = _spawn(launch, settings)
+            self._process, terminal = _spawn(launch, settings)
         except BaseException:
             self.bell.close()
             raise
@@ -2742,12 +2742,12 @@ class Process(Run):
         self.pid = process.pid  # of the leader, and of its group
         self._groups = {self.pid}
         self._is_in_line = False  # of what was written to a terminal
-        self._stdin, stdout = process.stdin, process.stdout
-        if self._terminal is not None:
-            stdout = _own(self._terminal)
-            # The end of the last copy would hang up on a program that has closed its files and is about to exit.
-            self._held.enter_context(_own(os.dup(self._terminal)))
-            self._stdin = _own(os.dup(self._terminal), "wb") if launch.stdin == "pipe" else None
+        self._stdin, stdout, self._terminal = process.stdin, process.stdout, None
+        if terminal:
+            stdout, writer = terminal
+            # To close the last copy would hang up on a program that has closed its files and is about to exit.
+            self._held.callback(writer.close)
+            self._stdin, self._terminal = writer if launch.stdin == "pipe" else None, stdout.fileno()
         for stream, file in (("stdin", self._stdin), ("stdout", stdout), ("stderr", process.stderr)):
             if file:
                 _files.add(file)
@@ -2789,6 +2789,7 @@ class Process(Run):
                 self.write(b"\x04\x04"[: 1 + self._is_in_line])
             self.later(_REMIND_SECONDS, self._repeat_end)
             self.bell.ring()
+            self._stdin = None
         if self._stdin:
             self._stdin.close()
 
@@ -2876,15 +2877,18 @@ _STDERR = {"merge": subprocess.STDOUT, "separate": subprocess.PIPE, "discard": s
 _ON_TERMINAL = ("/bin/sh", "-c", ': <>"$0" && exec "$@"')
 
 
-def _spawn(launch: Launch, settings: Settings) -> tuple[subprocess.Popen[bytes], int | None]:
+def _spawn(launch: Launch, settings: Settings) -> tuple[subprocess.Popen[bytes], list[io.FileIO]]:
     """Start a process in a session of its own, with pipes or on a terminal (pty(7)). Returns it, and our end of the
-    terminal. Raises Error, 500 or 503."""
-    argv, env, ours, theirs = launch.argv, launch.env, None, subprocess.PIPE
+    terminal, to read and to write. Raises Error, 500 or 503."""
+    argv, env, theirs = launch.argv, launch.env, subprocess.PIPE
+    terminal: list[io.FileIO] = []
     try:
         if launch.pty:
             if not shutil.which(argv[0], path=env.get("PATH")):
                 raise FileNotFoundError(errno.ENOENT, "No such file or directory")
             ours, theirs = os.openpty()
+            terminal.append(_own(ours))
+            terminal.append(_own(os.dup(ours), "wb"))
             columns, lines = settings.terminal_size
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
             if launch.pty != "echo":
@@ -2905,8 +2909,8 @@ def _spawn(launch: Launch, settings: Settings) -> tuple[subprocess.Popen[bytes],
             start_new_session=True,
         )
     except (OSError, ValueError) as error:
-        if ours is not None:
-            os.close(ours)
+        for file in terminal:
+            file.close()
         number = getattr(error, "errno", 0)
         if number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
             raise _shortage(error) from None
@@ -2917,7 +2921,7 @@ def _spawn(launch: Launch, settings: Settings) -> tuple[subprocess.Popen[bytes],
     finally:
         if theirs != subprocess.PIPE:
             os.close(theirs)
-    return process, ours
+    return process, terminal
 
 
 # One look at /proc (proc_pid_stat(5)) serves all the runs that are ending. An orphan's zombie stays in its group until
