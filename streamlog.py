@@ -2772,15 +2772,16 @@ class Process(Run):
         """Give the command input, as it takes it. Raises BrokenPipeError if it takes no more."""
         view = memoryview(data)
         while view:
-            if self._stdin is None or self.exit_code is not None:
+            stdin = self._stdin  # another thread may end the input
+            if stdin is None or self.exit_code is not None:
                 raise BrokenPipeError("the command takes no input")
             try:
-                view = view[self._stdin.write(view) or 0 :]
+                view = view[stdin.write(view) or 0 :]
             except (OSError, ValueError) as error:  # EPIPE, EIO of a terminal, or closed meanwhile
                 raise BrokenPipeError("the command takes no more input") from error
             self._is_in_line = data[-1:] != b"\n"
             if view:
-                pause({self._stdin.fileno(): POLLOUT, self.bell.descriptor: 0})  # closing the bell wakes us up
+                pause({stdin.fileno(): POLLOUT, self.bell.descriptor: 0})  # closing the bell wakes us up
 
     def end_input(self) -> None:
         """Tell it that no more comes: on a terminal by VEOF, within a line twice (termios(3))."""
