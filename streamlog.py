@@ -801,7 +801,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             if run.takes_input:
                 self._start_feeder(request, run)
-            (self._send_late if reply.waits else self._send_live)(request, reply, run)
+            (self._send_late if reply.spool else self._send_live)(request, reply, run)
             outcome = run.outcome
             if reply.length not in (None, client.body_bytes):
                 outcome = outcome._replace(reason=_OVERTAKEN)
@@ -819,7 +819,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.site.runs.count_end(reply.name, outcome, client.body_bytes)
         if outcome.reason:
             self.close_connection = True
-            self._is_to_be_reset = request.is_http_1_0 and reply.length is None and not reply.waits
+            self._is_to_be_reset = request.is_http_1_0 and reply.length is None and not reply.spool
         return outcome
 
     def _start_feeder(self, request: Request, run: Any) -> None:
@@ -851,8 +851,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _send_late(self, request: Request, reply: Reply, run: Run) -> None:
         """Send output when the run has ended, with its length and the exit code in the head."""
-        settings = self.server.settings
-        spool = _open_transcript(settings, settings.transcript_bytes)
+        spool: Any = reply.spool
         for piece in run.pieces(reply.format, self.wfile):
             spool.write("stdout", piece)
         outcome = run.outcome
@@ -1261,7 +1260,7 @@ class Reply(NamedTuple):
     format: Format | None = None
     name: str = ""  # the command's; empty if the run is counted elsewhere
     length: int | None = None  # of the body in bytes, if it is known
-    waits: bool = False  # for the end of the run, which decides on the status
+    spool: Transcript | None = None  # for the output of a run whose end decides on the status
 
 
 def _text_reply(text: str, status: int = 200, headers: _Texts = MappingProxyType({})) -> Reply:
@@ -1391,8 +1390,13 @@ class Site:
             make = result
         if keeping:
             return self._keep(keeping, entry, make, request, given)
+        spool = self._open_spool(given)
         run, format_ = self.runs.start(entry, make), _FORMATS[options.format][0](options)
-        return Reply(200, headers, run=run, format=format_, name=name, waits=_is_on(given, "wait"))
+        return Reply(200, headers, run=run, format=format_, name=name, spool=spool)
+
+    def _open_spool(self, given: _Texts) -> Transcript | None:
+        """Where the output of a run is held whose end is waited for. Raises Error."""
+        return _open_transcript(self._settings, self._settings.transcript_bytes) if _is_on(given, "wait") else None
 
     def _find_keeping(self, entry: _Entry, request: Request, given: _Texts, takes_input: bool) -> str:
         """How the run is kept: "async", "shared", or not at all. Raises Error if it cannot be kept as asked."""
@@ -1466,10 +1470,10 @@ class Site:
             headers["Accept-Ranges"] = "bytes"
         if request.method == "HEAD":
             return Reply(200, headers, length=length)
-        run = entry.view(start, math.inf if follows else end)
+        spool, run = self._open_spool(given), entry.view(start, math.inf if follows else end)
         is_exact = wanted or length is not None
         format_ = None if is_exact else _FORMATS[options.format][0](options._replace(offset=start))
-        return Reply(206 if wanted else 200, headers, run=run, format=format_, length=length, waits=waits)
+        return Reply(206 if wanted else 200, headers, run=run, format=format_, length=length, spool=spool)
 
     def _list_runs(self, request: Request) -> Reply:
         """The kept runs: as a page that reloads itself, as JSON, or one a line."""

@@ -163,7 +163,7 @@ class Chaos(ServerCase):
                 self.end()
         except BaseException as error:
             line = f"STREAMLOG_SEED={shlex.quote(SEED)} STREAMLOG_SOAK={SOAK} python -m unittest {self.id()}"
-            said = re.sub("(?m)^.* client=.*\n", "", (self.folder / "log").read_text())
+            said = re.sub(r"(?m)^\S+ (client=|kept=|the commands|read ).*\n", "", (self.folder / "log").read_text())
             raise AssertionError(f"{error}\n{line}\n{said[-5000:]}") from error
 
     def rage(self, seconds: float) -> None:
