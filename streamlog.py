@@ -2532,9 +2532,9 @@ class Run:
         Returns the descriptors that are ready. A paused run is not watched for output: its pipe fills up, and then the
         command waits.
         """
-        was_over = self.is_over
+        before = self.is_over, self.is_gone
         self._look_after()
-        if self.is_over and not was_over:
+        if before != (self.is_over, self.is_gone):  # nothing more may come to wake us
             return {}
         own = {self.bell.descriptor, self._exit} - self.outputs.keys()  # a replay's output is its bell
         watched = dict.fromkeys([*own, *([] if is_paused else self.outputs)], POLLIN)

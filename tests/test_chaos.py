@@ -13,6 +13,7 @@ import re
 import resource
 import shlex
 import signal
+import sys
 import threading
 import traceback
 from collections import Counter
@@ -27,60 +28,32 @@ from .support import SOAK, THREADS, Answer, Program, Raw, ServerCase, children, 
 from .test_fuzz import SEED
 
 # MARK tells the processes of our commands from others. Those of a victim get signals that end them.
-COMMANDS = """
-[DEFAULT]
-env = CHAOS=MARK
-[version]
-command = echo VERSION
-[binary]
-command = cat FOLDER/binary
-[lines]
-command = seq 2000
-[both]
-command = !seq 400; seq 3 500 >&2
-[tree]
-command = !sleep 300 >/dev/null 2>&1 & seq 100
-[jobs]
-command = !sleep 300 >/dev/null 2>&1 & seq 100
-pty = yes
-[terminal]
-command = !seq 900; sleep 0.05; seq 9000
-pty = yes
-[slow]
-command = !for i in 1 2 3 4 5 6 7 8; do seq $i 300; sleep 0.05; done
-[joined]
-command = !for i in 1 2 3 4 5 6 7 8; do seq $i 300; sleep 0.05; done; : {n:int}
-shared = yes
-[endless]
-command = !i=0; while :; do i=$((i+1)); echo $i; done
-[shared]
-command = !i=0; while :; do i=$((i+1)); echo $i; sleep 0.01; done; : {n:int}
-shared = yes
-[stubborn]
-command = !trap '' TERM HUP; i=0; while :; do i=$((i+1)); echo $i; sleep 0.01; done
-[screen]
-command = !trap '' HUP; i=0; while :; do i=$((i+1)); echo $i; sleep 0.01; done
-pty = yes
-[limited]
-command = !i=0; while :; do i=$((i+1)); echo $i; sleep 0.01; done
-timeout = 0.2
-[victim]
-command = !for i in 1 2 3 4 5 6 7 8; do seq $i 300; sleep 0.05; done
-env = CHAOS=MARK/victim
-[cat]
-command = cat
-stdin = yes
-[sum]
-command = sha256sum
-stdin = yes
-[sink]
-command = !cat >/dev/null && echo end >>FOLDER/ends
-stdin = yes
-[session]
-command = cat
-stdin = yes
-pty = yes
-"""
+COUNT = "!i=0; while :; do i=$((i+1)); echo $i; sleep 0.01; done"
+COMMANDS = "[DEFAULT]\nenv = CHAOS=MARK\n" + re.sub(
+    r"(?m)^(\w+)((?: \w+=[^ ]+)*) \| (.*)$",
+    lambda found: f"[{found[1]}]\ncommand = {found[3]}" + found[2].replace(" ", "\n"),
+    f"""
+version | echo VERSION
+binary | cat FOLDER/binary
+lines | seq 2000
+both | !seq 400; seq 3 500 >&2
+tree | !sleep 300 >/dev/null 2>&1 & seq 100
+jobs pty=yes | !sleep 300 >/dev/null 2>&1 & seq 100
+terminal pty=yes | !seq 900; sleep 0.05; seq 9000
+slow | !for i in 1 2 3 4 5 6 7 8; do seq $i 300; sleep 0.05; done
+joined shared=yes | !: {{n:int}}; for i in 1 2 3 4 5 6 7 8; do seq $i 300; sleep 0.05; done
+victim env=CHAOS=MARK/victim | !for i in 1 2 3 4 5 6 7 8; do seq $i 300; sleep 0.05; done
+endless | !i=0; while :; do i=$((i+1)); echo $i; done
+shared shared=yes | !: {{n:int}}; {COUNT[1:]}
+stubborn | !trap '' TERM HUP; {COUNT[1:]}
+screen pty=yes | !trap '' HUP; {COUNT[1:]}
+limited timeout=0.2 | {COUNT}
+cat stdin=yes | cat
+sum stdin=yes | sha256sum
+sink stdin=yes | !cat >/dev/null && echo end >>FOLDER/ends
+session stdin=yes pty=yes | cat
+""",
+)
 FORMATS = ("text", "text", "html", "sse", "ndjson")
 NONSENSE = (b"GET", b"\0" * 99, b"GET / HTTP/1.1\r\n\r\n", b"A" * 20_000, b"\r\n" * 9, b"GET /x HTTP/3.0\r\n\r\n")
 BROKEN = ("[lines]\ncommand = seq {x:}\nnone = 1\n", "no section\n", "[x]\ncommand = true\nmax = many\n", "[x]\n[x]\n")
@@ -163,14 +136,28 @@ class Chaos(ServerCase):
                 self.end()
         except BaseException as error:
             line = f"STREAMLOG_SEED={shlex.quote(SEED)} STREAMLOG_SOAK={SOAK} python -m unittest {self.id()}"
+            strays = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in self.find("")}
+            for pid in strays:
+                os.kill(pid, signal.SIGKILL)
             said = re.sub(r"(?m)^\S+ (client=|kept=|the commands|read ).*\n", "", (self.folder / "log").read_text())
-            raise AssertionError(f"{error}\n{line}\n{said[-5000:]}") from error
+            raise AssertionError(f"{error}\nstrays: {strays}\n{line}\n{said[-5000:]}") from error
 
     def rage(self, seconds: float) -> None:
         """Let all of it loose for a while."""
-        clients = [self.live, self.live, self.leave, self.leave, self.upload, self.break_off, self.background]
+        clients = [
+            self.live,
+            self.live,
+            self.leave,
+            self.leave,
+            self.upload,
+            self.break_off,
+            self.spoil,
+            self.background,
+        ]
         clients += [self.join, self.join, self.stop, self.endless, self.shared, self.late, self.others, self.idler]
-        crowd = [clients] * 10 + [[self.reload, self.hurt, self.hurt], [self.starve]]
+        # On Python 3.9 and 3.10, subprocess loses descriptors when it gets too few for a program.
+        shortages = [[self.starve]] if sys.version_info >= (3, 11) else []
+        crowd = [clients] * 10 + [[self.reload, self.hurt, self.hurt], *shortages]
 
         def act(number: int) -> None:
             dice = Random(f"{SEED} {number}")
@@ -194,7 +181,7 @@ class Chaos(ServerCase):
         if self.failures:
             raise AssertionError("\n".join(self.failures))
         self.assertFalse([thread for thread in threads if thread.is_alive()])
-        self.assertLessEqual({"live", "upload", "join", "shared"}, set(self.seen))
+        self.assertLessEqual({"live", "upload", "join", "shared"} if SOAK >= 1000 else {"live"}, set(self.seen))
         self.assertEqual((self.folder / "ends").read_text().count("end"), self.seen["sink"])
 
     def calm(self, opened: set[str], born: set[int]) -> None:
@@ -321,10 +308,15 @@ class Chaos(ServerCase):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError), self.program.connect() as client:
             client.get(f"/{name}", "POST", [header])
             client.sock.settimeout(0.2)
-            with contextlib.suppress(TimeoutError, OSError):
+            with contextlib.suppress(OSError):
                 client.send(body[: dice.randrange(len(body))])
             sleep(dice.random() * 0.1)
             (client.reset if dice.random() < 0.5 else client.sock.close)()
+
+    def spoil(self, dice: Random) -> None:
+        """Send a body that is wrong somewhere."""
+        answer = self.exchange("/sink", "POST", ["Transfer-Encoding: chunked"], b"3\r\nabc\r\nno size\r\n")
+        self.assertFalse(answer and answer.is_whole, answer)
 
     def keep(self, name: str, wanted: bytes) -> Optional[Kept]:
         answer = self.exchange(f"/{name}?async=1")
@@ -446,7 +438,7 @@ class Chaos(ServerCase):
         """Let it have few descriptors for a moment."""
         sleep(dice.random() * 0.5)
         self.excused_until = math.inf
-        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (dice.randrange(10, 70), self.limits[1]))
+        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (dice.randrange(12, 70), self.limits[1]))
         sleep(dice.random() * 0.3)
         resource.prlimit(self.pid, resource.RLIMIT_NOFILE, self.limits)
         self.excused_until = monotonic() + 1

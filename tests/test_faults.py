@@ -119,6 +119,22 @@ class Memory(ServerCase):
                 self.assertEqual(program.fetch("/x").body, b"x\n")
 
 
+class Delays(ServerCase):
+    def test_a_run_whose_thread_comes_late_ends_all_the_same(self) -> None:
+        wait = streamlog.Run.wait
+
+        def late(run: streamlog.Run, *given: Any, **named: Any) -> Any:
+            time.sleep(0.06)  # as on a busy machine
+            return wait(run, *given, **named)
+
+        server = self.serve({"x": "!(trap '' TERM; sleep 0.5) >/dev/null 2>&1 & echo x"})
+        with mock.patch.object(streamlog.Run, "wait", late):
+            for path in ("/x", self.fetch(server, "/x?async=1").headers["location"]):
+                self.assertEqual(self.fetch(server, path).body, b"x\n")
+            wait_until(lambda: not server.site.runs.active, "both are gone", 5)
+            wait_until(lambda: b"running" not in self.fetch(server, "/-/runs").body, "it has ended", 5)
+
+
 class Watchdogs(ServerCase):
     def test_one_that_is_killed_is_replaced_and_leaves_no_zombie(self) -> None:
         note = self.folder / "pid"
