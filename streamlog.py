@@ -356,17 +356,17 @@ class Server(http.server.ThreadingHTTPServer):
         sweep = 0.0
         while not self.is_closing:
             watched = {self.closing.descriptor: POLLIN, self.fileno(): POLLIN}
-            if monotonic() >= sweep:  # what is too old goes even if nobody looks
-                self.site.runs.kept()
-                sweep = monotonic() + _SWEEP_SECONDS
-            if self.fileno() in _poll(watched, min(sweep, monotonic() + interval)):
-                try:
+            try:
+                if monotonic() >= sweep:  # what is too old goes even if nobody looks
+                    self.site.runs.kept()
+                    sweep = monotonic() + _SWEEP_SECONDS
+                if self.fileno() in _poll(watched, min(sweep, monotonic() + interval)):
                     self._accept()
-                except (BlockingIOError, ConnectionAbortedError):  # the client has left already
-                    pass
-                except Exception as error:  # whatever happens to one client, the next one is accepted
-                    with suppress(Exception):  # memory may be short here, too
-                        self._make_room(error)
+            except (BlockingIOError, ConnectionAbortedError):  # the client has left already
+                pass
+            except Exception as error:  # whatever happens to one client, the next one is accepted
+                with suppress(Exception):  # memory may be short here, too
+                    self._make_room(error)
 
     def _accept(self) -> None:
         """Serve a new client in a thread, if need be in the place of the one that has been idle for longest."""
@@ -595,7 +595,7 @@ class _Connection(io.RawIOBase):
             socket.TCP_KEEPINTVL: max(1, seconds // 3),
             socket.TCP_KEEPCNT: 3,
             # Of what is sent slowly the system takes all, for hours, though the client has vanished. 0: its own time
-            getattr(socket, "TCP_USER_TIMEOUT", -1): int(server.settings.stall_seconds * 1500),
+            getattr(socket, "TCP_USER_TIMEOUT", -1): min(int(server.settings.stall_seconds * 1500), 1 << 30),
         }
         with suppress(OSError):  # a unix socket has no such options, and a client may have left already
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -742,8 +742,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             lines = self._read_head()
             started, line = monotonic(), _printable(lines[0])
             request = _parse_head(lines)
-            if self.server.is_closing:
-                raise _busy(_SHUTTING_DOWN, "try again in a moment")
             self.close_connection = request.is_last
             request.read_body = partial(self._read_form, request)
             reply = self.server.site.answer(request)
@@ -783,11 +781,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except _Late:
             if not part:
                 raise
-            raise Error(f"the request's {part} must arrive within {seconds:g} s", 408) from None
+            if not self.server.is_closing:
+                raise Error(f"the request's {part} must arrive within {seconds:g} s", 408) from None
         finally:
             client.deadline = math.inf
             if not idle.pop(client, False):
                 raise _Gone(_CLIENT_GONE)
+        if part and self.server.is_closing:
+            raise _busy(_SHUTTING_DOWN, "try again in a moment")
 
     def _ask_for_body(self, request: Request) -> None:
         """Ask for the body if the client waits for that (RFC 9110 section 10.1.1)."""
@@ -1381,7 +1382,7 @@ class Site:
         if request.method == "HEAD":
             return Reply(200, headers)
         if re.fullmatch("bytes=0*[1-9][0-9]*-", _find_range(request)):
-            raise Error("a run cannot go on where another broke off: nothing was run; ask without a Range", 416)
+            raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
         make = _maker(launch)
         if is_own and isinstance(launch, Call):  # it is called at once, and returns text or what makes a run
             result: Any = launch.function(**launch.arguments)
@@ -1455,7 +1456,7 @@ class Site:
         is_open = follows and (outcome is None or bool(outcome.reason))
         if wanted and not transcript.start <= start < end + is_open:
             is_early = start < transcript.start
-            what = f"what is before byte {transcript.start} is not kept" if is_early else f"there are {end} bytes"
+            what = f"what is before byte {transcript.start} is not kept" if is_early else f"there are only {end} bytes"
             raise Error(f"that range cannot be had: {what}", 416, {"Content-Range": f"bytes */{end}"})
         if options.format == "sse" and outcome and "last-event-id" in request.headers and start >= end:
             return Reply(204, headers)
@@ -2351,6 +2352,7 @@ class _Runs:
                     data = run.read(descriptor)
                     transcript.write(run.stream, data)
                     transcript.wake()
+        run.close()  # while it has a watchdog
 
     def find(self, id_: str) -> _Entry:
         """The kept run of an id. Raises Error."""
@@ -2384,7 +2386,8 @@ class _Runs:
 
     def _drop_oldest(self) -> bool:
         with self._lock:
-            return any(self._kept.pop(entry.id) for entry in self._ended()[:1])
+            unread = [entry for entry in self._ended() if not entry.viewers]  # the file goes with its last reader
+            return any(self._kept.pop(entry.id) for entry in unread[:1])
 
     def _ended(self) -> list[_Entry]:
         """The ended runs that may be dropped, the first to end first."""
@@ -2781,11 +2784,12 @@ class Process(Run):
                 raise BrokenPipeError("the command takes no input")
             try:
                 view = view[stdin.write(view) or 0 :]
+                descriptor = stdin.fileno()
             except (OSError, ValueError) as error:  # EPIPE, EIO of a terminal, or closed meanwhile
                 raise BrokenPipeError("the command takes no more input") from error
             self._is_in_line = data[-1:] != b"\n"
             if view:
-                pause({stdin.fileno(): POLLOUT, self.bell.descriptor: 0})  # closing the bell wakes us up
+                pause({descriptor: POLLOUT, self.bell.descriptor: 0})  # closing the bell wakes us up
 
     def end_input(self) -> None:
         """Tell it that no more comes: on a terminal by VEOF, within a line twice (termios(3))."""
@@ -3257,7 +3261,7 @@ _TERMINAL_TOKEN = re.compile(
     f"|(?P<unfinished>(?:\r+|{_CSI_PART}|{_STRING_PART}\x1b?|\x1b[ -/]{{0,8}})\\Z)"
     f"|(?:\x1b\\[|\x9b)(?P<style>[0-;]{{0,{_ESCAPE_CHARACTERS}}})m|\r+(?=\n)|(?P<returned>\r+)"
     f"|{_CSI_PART}[@-~]|{_STRING_PART}(?:\x07|\x1b\\\\|\x9c)|\x1b+(?=\x1b)|\x1b[ -/]{{0,8}}[0-~]?"
-    "|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]+|."
+    "|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]+|."
 )
 
 

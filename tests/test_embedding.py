@@ -538,6 +538,27 @@ class TaskRecords(EmbeddingCase):
 
 
 class Streams(EmbeddingCase):
+    def test_a_writer_whose_input_another_thread_ends_is_told_so(self) -> None:
+        for _ in range(20):
+            with streamlog.stream("cat") as run:
+                told: list[Any] = []
+
+                def write(run: streamlog.Stream = run, told: list[Any] = told) -> None:
+                    try:
+                        while True:
+                            run.write(bytes(300_000))
+                    except Exception:
+                        told.append(sys.exc_info()[1])
+
+                thread = threading.Thread(target=write)
+                thread.start()
+                next(run)
+                run.close_stdin()
+                for _ in run:
+                    pass
+                thread.join(10)
+                self.assertEqual([type(error) for error in told], [BrokenPipeError])
+
     def test_output_comes_piece_by_piece_and_then_the_exit_code(self) -> None:
         gate = self.folder / "gate"
         os.mkfifo(gate)

@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import streamlog
+from streamlog import Command
 
 from .support import (
     CERTIFICATE,
@@ -119,6 +120,12 @@ class Memory(ServerCase):
                 self.assertEqual(program.fetch("/x").body, b"x\n")
 
 
+class Numbers(ServerCase):
+    def test_any_time_to_stall_is_one(self) -> None:
+        for seconds in (0.001, 2e6, 9e8):
+            self.assertEqual(self.fetch(self.serve({"x": "echo x"}, stall_seconds=seconds), "/healthy").status, 404)
+
+
 class Delays(ServerCase):
     def test_a_run_whose_thread_comes_late_ends_all_the_same(self) -> None:
         wait = streamlog.Run.wait
@@ -153,6 +160,18 @@ class Watchdogs(ServerCase):
             program.end()
         wait_until(lambda: not is_alive(pid), "the run has ended", 5)
 
+    def test_one_lives_until_all_of_its_run_is_gone(self) -> None:
+        note = self.folder / "pid"
+        line = f"x=!trap '' TERM; sleep 300 >/dev/null 2>&1 & echo $! > {note}"
+        with Program("-p", "0", "-q", "--grace", "1", line) as program:
+            program.fetch("/x?async=1")
+            wait_until(lambda: note.exists() and note.read_text(), "its leader is about to exit")
+            time.sleep(0.2)
+            program.process.kill()
+            program.end()
+        (pid,) = pids_in(note.read_bytes())
+        wait_until(lambda: not is_alive(pid), "the rest has ended", 5)
+
     @unittest.skipUnless(shutil.which("bash"), "bash is not installed")
     def test_jobs_of_a_terminal_end_with_a_server_that_is_killed(self) -> None:
         note = self.folder / "pids"
@@ -184,6 +203,25 @@ class Ends(ServerCase):
         answer = new.read_answer()
         self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "1"))
         self.assertTrue(new.is_closed())
+
+    def test_what_comes_too_late_runs_nothing(self) -> None:
+        mark = self.folder / "mark"
+        server = self.serve({"x": Command("touch {x:path}", method="POST")})
+        clients = [self.connect(server) for _ in range(3)]
+        for client in clients[:2]:
+            client.get(
+                "/x",
+                "POST",
+                ["Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(str(mark)) + 2}"],
+            )
+        clients[2].send(b"GET /x HTTP/1.1\r\nHost:")
+        wait_until(lambda: len(server.idle) == 3, "they are waited for")
+        server.shutdown()
+        time.sleep(0.1)
+        clients[0].send(f"x={mark}".encode())
+        for client in clients:
+            self.assertEqual(client.read_answer().status, 503)
+        self.assertFalse(mark.exists())
 
     def test_one_that_sends_nothing_holds_nothing_up(self) -> None:
         server = self.serve({"x": "echo x"})

@@ -359,6 +359,11 @@ class HtmlFormat(unittest.TestCase):
         text = "<script>alert(1)</script> &lt; \"'> <p class=r> --> ]]>"
         self.assertEqual(self.page(("stdout", text.encode())).lines[0], text)
 
+    def test_control_characters_in_front_of_a_carriage_return_do_not_hide_it(self) -> None:
+        for data in (b"10%\a\r20%\n", b"10%\0\x01\r20%\n", b"10%\b\x1b\x1b[m\r20%\n"):
+            page = self.page(("stdout", data))
+            self.assertEqual((page.lines[:2], page.classes[:2]), (["10%", "20%"], ["", "r"]), data)
+
     def test_a_progress_bar_begins_its_line_anew(self) -> None:
         page = self.page(("stdout", b"10%\r20%\r\x1b[K30%\r\nnext\rx\r\x1b[0m\n\rz\n"))
         self.assertEqual(page.lines[:-1], ["10%", "20%", "30%", "next", "x", "z"])

@@ -252,7 +252,7 @@ class Kept(KeptCase):
             ("", ["Range: bytes=10-19"], 200, whole),
             ("", ["Range: bytes=-19"], 200, whole),
             ("", ["Range: bytes=5-1, 3-4"], 200, whole),
-            ("", [f"Range: bytes={len(whole)}-"], 416, b"that range cannot be had: there are 3893 bytes\n"),
+            ("", [f"Range: bytes={len(whole)}-"], 416, b"that range cannot be had: there are only 3893 bytes\n"),
             ("?tail=x", [], 400, b"parameter 'tail' must be a number of lines: 'x'\n"),
             ("?follow=2", [], 400, b"parameter 'follow' must be 0 or 1: '2'\n"),
             ("?x=1", [], 400, None),
