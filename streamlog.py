@@ -1373,6 +1373,9 @@ class Site:
         entry = _Entry(name, command, values)
         options, headers = _read_options(entry, request, given)
         keeping = self._find_keeping(entry, request, given, takes_input)
+        if re.fullmatch("bytes=0*[1-9][0-9]*-", _find_range(request)):
+            raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
+        spool = self._open_spool(given)
         stderr = "merge" if options.format == "text" and not keeping else "separate"
         launch = command.bind(name, values, stderr, "pipe" if takes_input else "none")
         is_own = name not in self._commands
@@ -1381,8 +1384,6 @@ class Site:
             return Reply(204, headers)  # an EventSource whose run has ended must not start another
         if request.method == "HEAD":
             return Reply(200, headers)
-        if re.fullmatch("bytes=0*[1-9][0-9]*-", _find_range(request)):
-            raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
         make = _maker(launch)
         if is_own and isinstance(launch, Call):  # it is called at once, and returns text or what makes a run
             result: Any = launch.function(**launch.arguments)
@@ -1391,7 +1392,6 @@ class Site:
             make = result
         if keeping:
             return self._keep(keeping, entry, make, request, given)
-        spool = self._open_spool(given)
         run, format_ = self.runs.start(entry, make), _FORMATS[options.format][0](options)
         return Reply(200, headers, run=run, format=format_, name=name, spool=spool)
 
