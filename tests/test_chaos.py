@@ -13,7 +13,7 @@ import re
 import resource
 import shlex
 import signal
-import sys
+import subprocess
 import threading
 import traceback
 from collections import Counter
@@ -155,8 +155,8 @@ class Chaos(ServerCase):
             self.background,
         ]
         clients += [self.join, self.join, self.stop, self.endless, self.shared, self.late, self.others, self.idler]
-        # On Python 3.9 and 3.10, subprocess loses descriptors when it gets too few for a program.
-        shortages = [[self.starve]] if sys.version_info >= (3, 11) else []
+        # Before this was in subprocess, it lost descriptors when it got too few for a program (cpython issue 87474).
+        shortages = [[self.starve]] if hasattr(subprocess.Popen, "_on_error_fd_closer") else []
         crowd = [clients] * 10 + [[self.reload, self.hurt, self.hurt], *shortages]
 
         def act(number: int) -> None:
