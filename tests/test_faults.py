@@ -287,11 +287,13 @@ class OwnModules(ServerCase):
         for name in ("html", "argparse", "configparser", "asyncio", "json"):
             (self.folder / f"{name}.py").write_text("raise SystemExit('taken in')\n")
         (self.folder / "c.ini").write_text("[x]\ncommand = echo x\n")
+        env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
         for how in ([str(copy)], ["-m", "streamlog"], ["-"], ["-I", str(copy)]):
             with open(copy) as program:
                 found = subprocess.run(
                     [sys.executable, *how, "--check", "-c", "c.ini"],
                     cwd=self.folder,
+                    env=env,
                     stdin=program,
                     capture_output=True,
                     text=True,
