@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
+import math
 import os
 import resource
 import shutil
@@ -162,14 +163,14 @@ class Watchdogs(ServerCase):
 
     def test_one_lives_until_all_of_its_run_is_gone(self) -> None:
         note = self.folder / "pid"
-        line = f"x=!trap '' TERM; sleep 300 >/dev/null 2>&1 & echo $! > {note}"
+        line = f"x=!trap '' TERM; sleep 300 >/dev/null 2>&1 & echo $$ $! > {note}"
         with Program("-p", "0", "-q", "--grace", "1", line) as program:
             program.fetch("/x?async=1")
-            wait_until(lambda: note.exists() and note.read_text(), "its leader is about to exit")
-            time.sleep(0.2)
+            wait_until(lambda: note.exists() and note.read_text().endswith("\n"), "it runs")
+            leader, pid = pids_in(note.read_bytes())
+            wait_until(lambda: not is_alive(leader), "its leader has exited")
             program.process.kill()
             program.end()
-        (pid,) = pids_in(note.read_bytes())
         wait_until(lambda: not is_alive(pid), "the rest has ended", 5)
 
     @unittest.skipUnless(shutil.which("bash"), "bash is not installed")
@@ -217,7 +218,7 @@ class Ends(ServerCase):
         clients[2].send(b"GET /x HTTP/1.1\r\nHost:")
         wait_until(lambda: len(server.idle) == 3, "they are waited for")
         server.shutdown()
-        time.sleep(0.1)
+        wait_until(lambda: all(client._cut_at < math.inf for client in server._clients), "each has seen it")
         clients[0].send(f"x={mark}".encode())
         for client in clients:
             self.assertEqual(client.read_answer().status, 503)
