@@ -127,6 +127,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from http import HTTPStatus
 from logging import Logger, LogRecord
+from mmap import ACCESS_COPY, mmap
 from select import POLLIN, POLLOUT
 from threading import Condition, Lock, RLock, Thread
 from time import monotonic
@@ -259,6 +260,9 @@ class Settings:
 # server: the listener, a client's connection, and the handler that reads requests from it and sends the answers
 
 _DESCRIPTORS_MAX = 65536  # one machine has no use for more threads than this
+# A new thread must find this much memory, its stack of 8 MiB included: Thread.start waits for ever for one that fails
+# before it runs (cpython 140746).
+_THREAD_BYTES = 16 * 1024 * 1024
 _SWEEP_SECONDS = 60.0  # between looks for runs that are kept no longer
 _BUSY_ANSWER = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -382,8 +386,9 @@ class Server(http.server.ThreadingHTTPServer):
         with self._changed:
             self._clients.add(client)
         try:
+            mmap(-1, _THREAD_BYTES, access=ACCESS_COPY).close()
             self.process_request(client, f"{address[0]}:{address[1]}" if address else "unix")
-        except BaseException:  # most likely no thread is left
+        except BaseException:  # most likely no memory or thread is left
             client.turn_away()
             self.shutdown_request(client)
             raise

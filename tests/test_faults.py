@@ -169,6 +169,7 @@ class Watchdogs(ServerCase):
             wait_until(lambda: note.exists() and note.read_text().endswith("\n"), "it runs")
             leader, pid = pids_in(note.read_bytes())
             wait_until(lambda: not is_alive(leader), "its leader has exited")
+            wait_until(lambda: children(program.process.pid) - {leader}, "there is a watchdog")
             program.process.kill()
             program.end()
         wait_until(lambda: not is_alive(pid), "the rest has ended", 5)
