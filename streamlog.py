@@ -25,10 +25,11 @@ commands file:
   A section for each command, [NAME], with the options command = COMMAND LINE, about (a
   description), method (GET or POST), timeout (seconds; 0 for no limit), max (runs of it at a
   time), stderr (merge, separate or discard), stdin (yes: the body of a POST or PUT is its
-  input), pty (yes: it runs on a terminal; echo: on one that echoes its input), shared (yes: a
-  client joins the run that goes on with the same values), cwd (directory), env (NAME=value, one
-  a line) and type (Content-Type of output that is not plain text). [DEFAULT] holds options for
-  all. SIGHUP reads it again, and the certificate; at a terminal it ends the server, as TERM does.
+  input), pty (yes: it runs on a terminal; echo: on one that echoes its input), terminal (its
+  size, as in 132x40), shared (yes: a client joins the run that goes on with the same values),
+  cwd (directory), env (NAME=value, one a line) and type (Content-Type of output that is not
+  plain text). [DEFAULT] holds options for all. SIGHUP reads it again, and the certificate; at a
+  terminal it ends the server, as TERM does.
 
 what a client sees:
   The output is the body, byte for byte, as it comes. A client that sends "TE: trailers" gets
@@ -863,9 +864,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         outcome = run.outcome
         headers = {**reply.headers, "Exit-Code": str(outcome.exit_code)}
         status = 500 if outcome.exit_code or outcome.reason else 200
+        if spool.start:  # the beginning is lost
+            text = f"the output has {spool.end} bytes, which is more than is kept: use ?async=1, or --transcript-size\n"
+            status, headers["Content-Type"], spool = 507, _PLAIN_TEXT, Transcript(len(text))
+            spool.write("stdout", text.encode())
         self._send_head(request, reply._replace(status=status, headers=headers, length=spool.end - spool.start))
-        for at in range(spool.start, spool.end, _BLOCK_MAX_BYTES):
-            self.wfile.write(spool.read(at, _BLOCK_MAX_BYTES)[2])
+        at = spool.start
+        while at < spool.end:
+            at, _, data = spool.read(at, _BLOCK_MAX_BYTES)
+            self.wfile.write(data)
+            at += len(data)
 
     def _send_whole(self, request: Request, reply: Reply) -> Outcome:
         """Send an answer without a run."""
@@ -1013,6 +1021,8 @@ def _read_line(file: io.BufferedIOBase, limit: int, too_long: str, status: int =
 def _parse_head(head: Sequence[str]) -> Request:
     """Make a request of the lines of a head. Raises Error: nothing that is unclear is guessed at."""
     match = _REQUEST_LINE.fullmatch(head[0])
+    if not match and not head[0].isascii():
+        raise Error("the URL must be percent-encoded, as curl -G --data-urlencode NAME=VALUE does it")
     if not match:
         raise Error("the request line must be METHOD, URL and HTTP/1.1, with one space between")
     method, target, major, minor = match.groups()
@@ -1478,7 +1488,7 @@ class Site:
             return Reply(200, headers, length=length)
         spool, run = self._open_spool(given), entry.view(start, math.inf if follows else end)
         is_exact = wanted or length is not None
-        format_ = None if is_exact else _FORMATS[options.format][0](options._replace(offset=start))
+        format_ = None if is_exact else _FORMATS[options.format][0](options._replace(offset=start), run.clock)
         return Reply(206 if wanted else 200, headers, run=run, format=format_, length=length, spool=spool)
 
     def _list_runs(self, request: Request) -> Reply:
@@ -1585,7 +1595,7 @@ def _read_options(entry: _Entry, request: Request, given: _Texts) -> tuple[Optio
         hostname = socket.gethostname() if _is_on(given, "hostname") else ""
         format_, heartbeat = given.get("format") or _negotiate(request.accepted), float(given.get("heartbeat", "inf"))
         title = f"{entry.name}: {command.line}"
-        options = Options(format_, notes, _is_on(given, "timestamps"), hostname, heartbeat, title=title)
+        options = Options(format_, notes, _is_on(given, "timestamps"), hostname, heartbeat, 0, title, command.is_report)
         headers["Content-Type"] = _FORMATS[options.format][1]
     elif given.get("format", "text") != "text":
         raise Error(f"parameter 'format' is not available: the output is {command.type}, and sent as it is")
@@ -1823,6 +1833,7 @@ class Launch(NamedTuple):
     stderr: str
     stdin: str = "none"  # or "pipe", which on a terminal is the terminal, or "own", this program's
     pty: _Pty = False
+    terminal: tuple[int, int] | None = None  # its columns and lines; None: as the server has it
 
     def __str__(self) -> str:
         return shlex.join(self.argv)
@@ -1855,6 +1866,7 @@ _OPTIONS: Mapping[str, _Rule] = {  # of a command
     "stderr": _Rule(str, ("merge", "separate", "discard").__contains__, "merge, separate or discard"),
     "stdin": _SWITCH_RULE,
     "pty": _Rule(_read_switch, (True, False, "echo").__contains__, "yes, no or echo"),
+    "terminal": _TERMINAL,
     "shared": _SWITCH_RULE,
     "cwd": _TEXT,
     "env": _Rule(
@@ -1876,9 +1888,9 @@ class Command:
         else GET. timeout: seconds, 0 for no limit, None for the server's. max: runs at a time, or None. stderr: merge,
         separate or discard; None: merge in text, where order counts, and separate in the formats that tell it apart.
         stdin: whether the body of a POST or PUT is its standard input. pty: whether it runs on a terminal; "echo": on
-        one that echoes its input, and ends lines by CRLF. shared: whether a client joins the run that goes on with the
-        same values. cwd: the directory to run in. env: variables to add to this program's environment, as it is when
-        the Command is made. type: the Content-Type of the output.
+        one that echoes its input, and ends lines by CRLF. terminal: its columns and lines, or None. shared: whether a
+        client joins the run that goes on with the same values. cwd: the directory to run in. env: variables to add to
+        this program's environment, as it is when the Command is made. type: the Content-Type of the output.
     """
 
     command: Union[str, Sequence[str], _Function]
@@ -1889,10 +1901,12 @@ class Command:
     stderr: Optional[str] = None
     stdin: bool = False
     pty: _Pty = False
+    terminal: Optional[tuple[int, int]] = None
     shared: bool = False
     cwd: Optional[str] = None
     env: _Texts = dataclasses.field(default_factory=dict)
     type: str = _PLAIN_TEXT
+    is_report = False  # whether a page of it opens at its beginning, and does not follow its end
 
     def __post_init__(self) -> None:
         given = self.command
@@ -1926,6 +1940,10 @@ class Command:
         inherited = {key: value for key, value in os.environ.items() if not re.fullmatch(hidden, key)}
         # Python's newer prompt redraws itself with each key, which curl cannot show.
         terminal = {"TERM": "xterm-256color", "PYTHON_BASIC_REPL": "1"} if self.pty else {}
+        if not self.stdin:  # nobody could press a key
+            terminal.update(
+                dict.fromkeys(("PAGER", "GIT_PAGER", "MANPAGER", "SYSTEMD_PAGER"), "cat") if self.pty else {}
+            )
         self._environment = {**inherited, "PYTHONUNBUFFERED": "1", **terminal, **self.env}
 
     def _check_options(self) -> None:
@@ -1979,7 +1997,7 @@ class Command:
             argv = ["/bin/sh", "-c", _MARK.sub(r"${arg_\1}", self._arguments[0])]
             env = {**env, **{f"arg_{key}": value for key, value in bound.items()}}
         stderr = self.stderr or ("merge" if self.pty else stderr)
-        return Launch(argv, env, self.cwd, stderr, "own" if self.is_source else stdin, self.pty)
+        return Launch(argv, env, self.cwd, stderr, "own" if self.is_source else stdin, self.pty, self.terminal)
 
     def _complete(self, of: str, bound: _Texts, argument: str) -> str:
         """Put values into an argument, or into a script. Raises Error for one that must not stand there."""
@@ -2099,7 +2117,8 @@ disk | Space on file systems | df -h | _disk
 inodes | Inodes on file systems | df -i
 mounts | What is mounted where | /proc/mounts | mount
 processes | All processes | ps aux | /proc/[0-9]*/cmdline
-top | The busiest processes (live) | [/proc/stat] top -b -d 2 | top -l 0 -s 2 -n 20
+top | The busiest processes (live) | [/usr/lib/*/libproc*] top -b -w -d 2 | [/usr/lib64/libproc*] top -b -w -d 2 | \
+[/proc/stat] top -b -d 2 | top -l 0 -s 2 -n 20
 vmstat | Processor, memory and paging, once a second (live) | vmstat 1 | vm_stat 1
 iostat | Disk activity, every two seconds (live) | [/proc/stat] iostat 2 | iostat -w 2
 journal | The system journal (live) | [/run/systemd/journal] journalctl -n {lines:int=50} -f
@@ -2124,7 +2143,10 @@ def _diagnostics() -> Iterator[tuple[str, Command]]:
             needed, shown = re.findall(r"(?<![^ \[])/[^ ]+?(?=\]? |\]?$)", way), way.rpartition("] ")[2]
             task = {"_load": _load, "_disk": _disk}.get(shown) or (_reading(shown) if shown[0] == "/" else None)
             if all(map(glob.glob, needed)) and (task or shutil.which(shown.split()[0])):
-                yield name, Command(task or shown, about)
+                # procps takes these for the size of a sample where -w is given; any other top shows all.
+                command = Command(task or shown, about, env={"COLUMNS": "100", "LINES": "27"} if name == "top" else {})
+                command.is_report = "(live)" not in about
+                yield name, command
                 break
 
 
@@ -2173,6 +2195,7 @@ _CLIENT_STALLED = "client stalled"
 _SHUTTING_DOWN = "the server is shutting down"
 _OVERTAKEN = "what was asked for is no longer kept"
 _ON_REQUEST = "on request"
+_BEYOND = ", but processes of another user may go on"
 
 _Release = Callable[[], object]
 _Wants = Callable[[str], bool]  # whether a viewer wants what a stream of a transcript has
@@ -2205,10 +2228,9 @@ class Outcome(NamedTuple):
         """The end in a word: ok, failed, or why the server ended the run."""
         if not self.reason:
             return "failed" if self.exit_code else "ok"
-        if self.reason == _SHUTTING_DOWN:
-            return "shutdown"
-        known = re.match(f"timeout|output limit|{_CLIENT_GONE}|{_CLIENT_STALLED}", self.reason)
-        return known[0].replace(" ", "_") if known else "stopped"
+        known = re.match(f"timeout|output limit|{_CLIENT_GONE}|{_CLIENT_STALLED}|{_SHUTTING_DOWN}", self.reason)
+        end = known[0].replace(" ", "_") if known else "stopped"
+        return "shutdown" if end.endswith("down") else end
 
     @property
     def note(self) -> str:
@@ -2838,9 +2860,14 @@ class Process(Run):
                 with suppress(OSError):  # without a look, the groups that are known must do
                     self._groups |= {group for group, session in _look(monotonic()) if session == self.pid}
             for group in self._groups:
-                with suppress(ProcessLookupError, PermissionError):  # it may be empty, or another user's
+                try:
                     os.killpg(group, number)
                     os.killpg(group, signal.SIGCONT)  # a stopped process acts on a signal only once it continues
+                except ProcessLookupError:  # it is empty
+                    pass
+                except PermissionError:  # as behind sudo
+                    if self.reason and _BEYOND not in self.reason:
+                        self.reason += _BEYOND
 
     def _look_for_exit(self) -> None:
         with self._lock:
@@ -2903,7 +2930,7 @@ def _spawn(launch: Launch, settings: Settings) -> tuple[subprocess.Popen[bytes],
             ours, theirs = os.openpty()
             terminal.append(_own(ours))
             terminal.append(_own(os.dup(ours), "wb"))
-            columns, lines = settings.terminal_size
+            columns, lines = launch.terminal or settings.terminal_size
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
             if launch.pty != "echo":
                 modes = termios.tcgetattr(theirs)
@@ -3053,8 +3080,9 @@ def stopping() -> bool:
 _PARTIAL_SECONDS = 0.25
 # Proxies drop connections that are silent for a minute or less; the standard of EventSource suggests 15 s.
 _SSE_COMMENT_SECONDS = 15.0
-# A line or an escape sequence that does not end is held no further than this.
-_LINE_BYTES_HELD = 64 * 1024
+# A part of a line in sse and ndjson: written, it has at most 7 times the bytes, and readers such as Go's bufio.Scanner
+# stop at 64 KiB. An escape sequence that does not end is held no further than this.
+_PART_BYTES = 8 * 1024
 _ESCAPE_CHARACTERS = 1024
 _BLOCK_LINES = 200  # of a page, in one block: a browser lays out a new line without looking at other blocks
 
@@ -3069,6 +3097,7 @@ class Options(NamedTuple):
     heartbeat_seconds: float = math.inf
     offset: int = 0  # in the output, of the first byte that is fed
     title: str = ""
+    is_report: bool = False  # whether a page opens at its beginning
 
 
 _PLAIN = Options()
@@ -3135,7 +3164,7 @@ class Text(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.can_skip = self.options.notes != "never"
-        self._at_line_start = True
+        self._at_line_start, self._is_returned = True, False
         self._has_prefix = self.options.timestamps or self.options.hostname
         if self._has_prefix:
             self.block_bytes = _BLOCK_MIN_BYTES
@@ -3147,7 +3176,9 @@ class Text(Format):
             return data
         words = (self.options.timestamps and _timestamp(self.clock()), self.options.hostname)
         prefix = "".join(f"{word} " for word in words if word).encode()
-        text = prefix * starts_line + data.replace(b"\n", b"\n" + prefix)
+        starts_line |= self._is_returned and data[:1] != b"\n"
+        self._is_returned = data[-1:] == b"\r"  # if it is not the first half of CRLF, the line is written anew
+        text = prefix * starts_line + re.sub(rb"\n|\r(?!\n|\Z)", lambda found: found[0] + prefix, data)
         return text.removesuffix(prefix) if self._at_line_start else text
 
     def _note(self, note: str) -> bytes:
@@ -3171,7 +3202,8 @@ class Ndjson(Format):
         super().__post_init__()
         self._held: dict[str, tuple[bytes, float]] = {}  # by stream, a part of a line, and the moment it goes out
         self._offset = self.options.offset
-        self._comment_due = self.due = self._last_output + self.comment_seconds
+        self._quiet_seconds = min(self.comment_seconds, self.options.heartbeat_seconds)
+        self._quiet_due = self.due = self._last_output + self._quiet_seconds
 
     def feed(self, stream: str, data: bytes) -> bytes:
         now = self._last_output = self.timer()
@@ -3179,17 +3211,19 @@ class Ndjson(Format):
         lines, line_end, rest = (held + data).rpartition(b"\n")
         if rest:
             moment = now + _PARTIAL_SECONDS if line_end else moment
-            self._held[stream] = rest, moment if len(rest) <= _LINE_BYTES_HELD else now
+            self._held[stream] = rest, moment if len(rest) <= _PART_BYTES else now
         return self._schedule((self._write(stream, lines, False) if line_end else "") + self._flush(now))
 
     def pause(self) -> bytes:
-        return self._schedule(self._flush(self.timer()))
+        now = self.timer()
+        silence = now >= self._quiet_due and self._write_silence(now - self._last_output)
+        return self._schedule(self._flush(now) or silence or "")
 
     def _schedule(self, written: str) -> bytes:
-        """Set the moment that something is due: a part of a line, or a comment after a silence of ours."""
+        """Set the moment that something is due: a part of a line, or a sign of life after a silence of ours."""
         if written:
-            self._comment_due = self.timer() + self.comment_seconds
-        self.due = min([self._comment_due, *(moment for _, moment in self._held.values())])
+            self._quiet_due = self.timer() + self._quiet_seconds
+        self.due = min([self._quiet_due, *(moment for _, moment in self._held.values())])
         return written.encode()
 
     def skip(self, count: int) -> bytes:
@@ -3204,6 +3238,25 @@ class Ndjson(Format):
         return "".join(self._write(stream, self._held.pop(stream)[0], True) for stream in late)
 
     def _write(self, stream: str, lines: bytes, is_partial: bool) -> str:
+        """Write lines, the last of them perhaps unfinished; long ones in parts, which end where a character does."""
+        if len(lines) <= _PART_BYTES or max(map(len, lines.split(b"\n"))) <= _PART_BYTES:
+            return self._write_lines(stream, lines, is_partial)
+        written = ""
+        *others, last = lines.split(b"\n")
+        for line, is_part in [*((other, False) for other in others), (last, is_partial)]:
+            at = 0
+            while len(line) - at > _PART_BYTES:
+                end = at + _PART_BYTES
+                end = next((one for one in range(end, end - 4, -1) if line[one] & 0xC0 != 0x80), end)
+                written += self._write_lines(stream, line[at:end], True)
+                at = end
+            written += self._write_lines(stream, line[at:], is_part)
+        return written
+
+    def _write_silence(self, seconds: float) -> str:
+        return json.dumps({"time": _timestamp(self.clock()), "silent_seconds": round(seconds, 1)}) + "\n"
+
+    def _write_lines(self, stream: str, lines: bytes, is_partial: bool) -> str:
         quote = json.encoder.encode_basestring_ascii
         host = f'"host": {quote(self.options.hostname)}, ' if self.options.hostname else ""
         head = f'{{"time": "{_timestamp(self.clock())}", {host}"stream": "{stream}", "line": '
@@ -3233,16 +3286,20 @@ class Sse(Ndjson):
         # With an id from the start, every reconnect of an EventSource has a Last-Event-ID, and starts nothing.
         self.beginning = b"id: %d\n\n" % self._offset
 
-    def pause(self) -> bytes:
-        return super().pause() or self._schedule(": still running\n\n")
+    def _write_silence(self, seconds: float) -> str:
+        return (
+            f"event: heartbeat\ndata: {seconds:.1f}\n\n"
+            if self.options.heartbeat_seconds < math.inf
+            else ": still running\n\n"
+        )
 
     def skip(self, count: int) -> bytes:
         flushed = self._flush()
         self._offset += count
         return f"{flushed}event: skipped\nid: {self._offset}\ndata: {count}\n\n".encode()
 
-    def _write(self, stream: str, lines: bytes, is_partial: bool) -> str:
-        event = "event: stderr\n" if stream == "stderr" else ""
+    def _write_lines(self, stream: str, lines: bytes, is_partial: bool) -> str:
+        event = "event: stderr\n" * (stream == "stderr") + "partial: true\n" * is_partial
         texts = lines.decode(errors="replace").split("\n")
         if b"\r" in lines:  # it would end the field
             texts = [text.strip("\r").replace("\r", "\ndata: ") for text in texts]
@@ -3265,6 +3322,7 @@ _TERMINAL_TOKEN = re.compile(
     "(?P<text>[^\x00-\x08\x0b-\x1f\x7f-\x9f]+)"
     f"|(?P<unfinished>(?:\r+|{_CSI_PART}|{_STRING_PART}\x1b?|\x1b[ -/]{{0,8}})\\Z)"
     f"|(?:\x1b\\[|\x9b)(?P<style>[0-;]{{0,{_ESCAPE_CHARACTERS}}})m|\r+(?=\n)|(?P<returned>\r+)"
+    f"|\x1b\\]8;[!-:<-~]*;(?P<link>[!-~]{{0,{_ESCAPE_CHARACTERS}}})(?:\x07|\x1b\\\\)"
     f"|{_CSI_PART}[@-~]|{_STRING_PART}(?:\x07|\x1b\\\\|\x9c)|\x1b+(?=\x1b)|\x1b[ -/]{{0,8}}[0-~]?"
     "|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]+|."
 )
@@ -3279,7 +3337,8 @@ class _Lane:
         self.held = ""
         self.is_in_line = False
         self.style = dict(_STYLES[0])
-        self.span = ""  # the tag that begins text in this style
+        self.link = ""
+        self.span = ""  # the tag that begins text in this style, or of this link
 
 
 class Html(Format):
@@ -3297,11 +3356,13 @@ class Html(Format):
         super().__post_init__()
         self._lanes = {"stdout": _Lane(""), "stderr": _Lane("e")}
         self._lines = 0  # in this block
+        self._number = 0  # of the last line, among those that are seen
         self._last: _Lane | None = None  # the lane of the last line
         self._end = ""  # what ends that line, if it is open
         self._span = ""  # the tag that began the last text in it
         self._host = f"<b>{html.escape(self.options.hostname)}</b> " if self.options.hostname else ""
-        page = _make_page(self.options.title, _VIEW_STYLE, _fill(_VIEW, {}, TITLE=self.options.title))
+        style = _VIEW_STYLE + "main { display: block }" * self.options.is_report
+        page = _make_page(self.options.title, style, _fill(_VIEW, {}, TITLE=self.options.title))
         self.beginning = page.partition("</body>")[0].encode()  # `end` writes the rest
 
     def feed(self, stream: str, data: bytes) -> bytes:
@@ -3333,7 +3394,10 @@ class Html(Format):
                     lane.is_in_line = True
             elif kind == "style":
                 _set_style(lane.style, token[kind])
-                lane.span = _span(lane.style)
+                lane.span = _span(lane.style, lane.link)
+            elif kind == "link":  # OSC 8, of terminals
+                lane.link = token[kind] if re.match("(?i)https?://", token[kind]) else ""
+                lane.span = _span(lane.style, lane.link)
             elif kind == "unfinished":
                 lane.held = token[0]
             elif kind == "returned" and self._last is lane:
@@ -3354,6 +3418,7 @@ class Html(Format):
             begin, end = self._begin(lane), self._close_line()
             block = [line, *itertools.islice(others, _BLOCK_LINES - self._lines)]
             self._lines += len(block) - 1
+            self._number += len(block) - 1
             yield begin + (end + self._tag(lane.class_) + lane.span).join(block) + end
 
     def _begin(self, lane: _Lane) -> str:
@@ -3364,15 +3429,19 @@ class Html(Format):
             begin = self._close_line()
             if self._lines == _BLOCK_LINES:
                 # If the next block begins with a line that replaces the last one here, an unseen line hides that.
-                begin += '<samp class="r z"></samp>' * is_anew + "</div><div>"
+                self._number -= is_anew
+                begin += (
+                    '<samp class="r z"></samp>' * is_anew + f'</div><div style="counter-reset:line {self._number}">'
+                )
                 self._lines, is_anew = 0, False
             self._lines += 1
+            self._number += not is_anew
             self._last, self._span = lane, ""
             begin += self._tag(lane.class_ + " r" * is_anew)
         if lane.span != self._span:
-            begin += "</span>" * bool(self._span) + lane.span
+            begin += _end_tag(self._span) + lane.span
             self._span = lane.span
-        self._end = "\n</span></samp>" if lane.span else "\n</samp>"
+        self._end = f"\n{_end_tag(lane.span)}</samp>"
         return begin
 
     def _tag(self, classes: str) -> str:
@@ -3438,8 +3507,12 @@ def _take_colour(codes: Iterator[int]) -> str:
     return _PALETTE[values[0]] if kind == 5 and values and values[0] < 256 else ""
 
 
-def _span(style: _Texts) -> str:
-    """The tag that begins text in a style.
+def _end_tag(tag: str) -> str:
+    return f"</{tag[1:].partition(' ')[0]}>" if tag else ""
+
+
+def _span(style: _Texts, link: str) -> str:
+    """The tag that begins text in a style, or of a link.
 
     Text on a background must be readable in light and in dark, so a colour of the page is replaced: on one of the
     sixteen colours by the page's background, on any other by black or white, whichever contrasts more (WCAG 2).
@@ -3453,6 +3526,8 @@ def _span(style: _Texts) -> str:
             red, green, blue = bytes.fromhex(background[1:])
             is_light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 35_000
             colour = "#000" if is_light else "#fff"
+    elif colour.startswith("#") and not background:
+        colour = _readable(colour)
     lines = f"{style['underline']} {style['strike']}".strip()
     rules = [
         colour and f"color:{colour}",
@@ -3463,7 +3538,19 @@ def _span(style: _Texts) -> str:
         lines and f"text-decoration:{lines}",
     ]
     css = ";".join(filter(None, rules))
+    if link:
+        return f'<a href="{html.escape(link)}" rel="noopener noreferrer" target="_blank" style="{css}">'
     return f'<span style="{css}">' if css else ""
+
+
+def _readable(colour: str) -> str:
+    """A colour for text on the page: darker in light, lighter in dark, as far as a contrast of 4.5 needs (WCAG 2)."""
+    levels = [(level / 255) ** 2.2 for level in bytes.fromhex(colour[1:])]
+    light = 0.2126 * levels[0] + 0.7152 * levels[1] + 0.0722 * levels[2]
+    less, more = min(1.0, 0.18 / max(light, 0.001)), max(0.0, (0.23 - light) / (1 - min(light, 0.9)))
+    shades = [level * less for level in levels], [level + (1 - level) * more for level in levels]
+    on_light, on_dark = ("#" + bytes(round(255 * level ** (1 / 2.2)) for level in shade).hex() for shade in shades)
+    return colour if on_light == on_dark else f"light-dark({on_light}, {on_dark})"
 
 
 _FORMATS: Mapping[str, tuple[type[Format], str]] = {
@@ -3478,7 +3565,8 @@ _FORMATS: Mapping[str, tuple[type[Format], str]] = {
 # transcripts: kept output, for any number of readers, each at its own place
 
 _TRANSCRIPT_MIN_BYTES = 64 * 1024
-_CHANGES_MAX = 16 * 1024  # of the stream, in what is kept: each is remembered
+_CHANGES_MAX = 16 * 1024  # of the stream or the time, in what is kept: each is remembered
+_TIME_SECONDS = 0.1  # between two times
 
 
 class Transcript:
@@ -3495,7 +3583,9 @@ class Transcript:
         self.outcome: Outcome | None = None
         self._file = file or io.BytesIO()
         self._lock = Lock()  # guards what follows, and the place in the file
-        self._changes = [(0, "stdout")]  # offsets at which the stream changes, and to which
+        self._changes = [
+            (0, "stdout", 0.0)
+        ]  # offsets at which the stream or the time (time.time()) changes, and to which
         self._is_failing = False  # which is logged once
         self.drop_another: Callable[[], bool] = lambda: False  # to make room on a full disk; False if there is none
         self.waiting: weakref.WeakSet[_Bell] = weakref.WeakSet()  # of readers that have read all there is
@@ -3512,8 +3602,12 @@ class Transcript:
         """Add output; `wake` tells the readers. What the disk does not take is lost, and readers are told so."""
         with self._lock:
             end, view = self.end + len(data), memoryview(data)[-self.size :]
-            if self._changes[-1][1] != stream:
-                self._changes.append((self.end, stream))
+            now, (_, last_stream, last_time) = time.time(), self._changes[-1]
+            if last_stream != stream or abs(now - last_time) > _TIME_SECONDS:
+                self._changes.append((self.end, stream, now))
+            if len(self._changes) > _CHANGES_MAX:  # the times become coarser
+                pairs = zip(itertools.cycle((1, 0)), [self._changes[0], *self._changes], self._changes)
+                self._changes = [one for is_kept, last, one in pairs if is_kept or one[1] != last[1]]
             many = self._changes[_CHANGES_MAX // 2][0] if len(self._changes) > _CHANGES_MAX else 0
             self._forget(max(end - self.size, many))
             while view:
@@ -3564,6 +3658,11 @@ class Transcript:
             end, stream = int(min(changed, self.end, at + limit, stop)), self._changes[index - 1][1]
             return at, stream, self._get(at, max(0, end - at))
 
+    def find_time(self, offset: int) -> float:
+        """When the byte at an offset was written (time.time())."""
+        with self._lock:
+            return self._changes[bisect.bisect_right(self._changes, (offset, "~")) - 1][2]
+
     def _get(self, offset: int, count: int) -> bytes:
         self._file.seek(offset % self.size)
         data = self._file.read(count)  # which ends where the ring does
@@ -3601,18 +3700,23 @@ class _Replay(Run):
         super().__init__("a replay", Settings(), None)
         self._held.callback(release)
         self._transcript, self._offset, self._stop, self._wants = transcript, offset, stop, wants
+        self._read_at = offset
         self.outputs[self.bell.descriptor] = "stdout", io.BytesIO()
         self.bell.ring()
 
     def _take(self, descriptor: int, size: int) -> bytes:
         at, stream, data = self._transcript.read(self._offset, size, self._stop, self.bell)
-        self.skipped_bytes, self._offset = at - self._offset, at + len(data)
+        self.skipped_bytes, self._offset, self._read_at = at - self._offset, at + len(data), at
         if not (data or self.skipped_bytes):
             self._note_exit(0)
         elif not data or (self._wants and not self._wants(stream)):
             raise BlockingIOError
         self.stream = "stderr" if stream == "stderr" else "stdout"
         return data
+
+    def clock(self) -> float:
+        """When what was read last had been written (time.time())."""
+        return self._transcript.find_time(self._read_at)
 
     def _signal(self, number: int) -> None:
         self._note_exit(0)
@@ -3935,6 +4039,7 @@ header p { margin: 0; font: .8rem system-ui, sans-serif }
 @media (max-height: 30rem) { header p { display: none } }
 main { flex: 1; min-height: 0; overflow: auto; display: flex; flex-direction: column-reverse }
 main > div { margin-bottom: auto; padding: .3rem 0; counter-reset: line }
+main > div > div:nth-child(n+25) { content-visibility: auto; contain-intrinsic-height: auto 280em }
 samp { display: block; font: inherit; padding: 0 1ch 0 8ch; text-indent: -8ch; white-space: pre-wrap;
   overflow-wrap: anywhere; min-height: 1.4em; tab-size: 8 }
 samp::before { counter-increment: line; content: counter(line); display: inline-block; width: 6ch; text-indent: 0;
@@ -4372,10 +4477,11 @@ def _describe(name: str, command: Command) -> str:
     for parameter in command.parameters.values():
         default = "required" if parameter.default is None else f"default {parameter.default!r}"
         lines.append(f"parameter {parameter.name}: {parameter.type}, {default}")
-    for option in ("timeout", "max", "stderr", "stdin", "pty", "shared", "cwd", "type"):
+    for option in ("timeout", "max", "stderr", "stdin", "pty", "terminal", "shared", "cwd", "type"):
         value = getattr(command, option)
         if value != Command.__dataclass_fields__[option].default:
-            lines.append(f"{option}: {'yes' if value is True else value}")
+            shown = "x".join(map(str, value)) if option == "terminal" else value
+            lines.append(f"{option}: {'yes' if value is True else shown}")
     lines += [f"env: {key}={value}" for key, value in command.env.items()]
     return "\n     ".join(filter(None, lines))
 
@@ -4386,6 +4492,12 @@ def _find_program(command: Command) -> str | None:
     return shutil.which(path, path=command.env.get("PATH"))
 
 
+# Operators, a home, a variable or a command in its place, and a pattern of file names: of the shell, outside of quotes.
+_FOR_SHELL = re.compile(
+    r"^(?:[|&;<>]+|[0-9]?>.+|~(?:/.*)?)$|;$|^[^'\"]*\$[({A-Za-z_]|^(?!.*://)[^'\"={\[]*[*?](?![^{]*\})[^'\"]*$"
+)
+
+
 def _warnings(command: Command) -> Iterator[str]:
     """Probable mistakes in a command."""
     if command.cwd and not os.path.isdir(command.cwd):
@@ -4393,7 +4505,7 @@ def _warnings(command: Command) -> Iterator[str]:
     if command.program and not _find_program(command):
         yield f"program not found, or not executable: {command.program!r}"
     for word in command.line.split():
-        if not command.is_shell and re.fullmatch(r"[|&;<>]+|[0-9]?>.+", word):
+        if not (command.is_shell or callable(command.command)) and _FOR_SHELL.search(word):
             yield f"{word!r} means nothing without a shell: a leading ! asks for one"
     for match in _BRACE.finditer(command.line) if command.is_shell else ():
         if match["name"] and command.line.count("'", 0, match.start()) % 2:

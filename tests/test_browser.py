@@ -396,7 +396,10 @@ class Clients(ServerCase):
 
     def test_a_prompt_is_not_held_back(self) -> None:
         server = self.serve({"x": "!printf 'name? '; sleep 300"})
-        for format_, expected in (("ndjson", b'"line": "name? ", "partial": true}'), ("sse", b"data: name? \n\n")):
+        for format_, expected in (
+            ("ndjson", b'"line": "name? ", "partial": true}'),
+            ("sse", b"partial: true\nid: 6\ndata: name? \n\n"),
+        ):
             with self.subTest(format=format_), self.connect(server) as client:
                 client.get(f"/x?format={format_}")
                 started = time.monotonic()

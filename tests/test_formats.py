@@ -133,6 +133,40 @@ class NdjsonFormat(unittest.TestCase):
             line = "".join(str(found["line"]) for found in self.objects(*pieces)[:-1])
             self.assertEqual(line.encode("utf-8", "surrogateescape"), data)
 
+    def test_nothing_is_longer_than_64_kib_as_written(self) -> None:
+        """Go's bufio.Scanner stops at that. A part ends where a character does."""
+        for bits in (b"\x01", b"\r", b"\xff", b"\x80", "é".encode(), "€".encode(), "𝄞".encode(), b'"'):
+            line = bits * (40_000 // len(bits))
+            for size in (16384, 4096, 999):
+                pieces = [line[at : at + size] for at in range(0, len(line), size)] + [b"\nshort\n"]
+                written = Ndjson(Options("ndjson", hostname="h" * 64), clock=noon)
+                found = b"".join(
+                    [*(written.feed("stdout", piece) for piece in pieces), written.end(CLEAN)]
+                ).splitlines()
+                self.assertLess(max(map(len, found)), 65_536, bits)
+                *parts, short, _ = map(json.loads, found)
+                self.assertEqual("".join(part["line"] for part in parts).encode("utf-8", "surrogateescape"), line)
+                self.assertEqual((short["line"], "partial" in short, "partial" in parts[-1]), ("short", False, False))
+                if size > 4096 and bits > b"\x80" and bits != b"\xff":
+                    self.assertFalse([part for part in parts[:1] if re.search("[\udc80-\udcff]", part["line"])], bits)
+                sse = Sse(Options("sse"), clock=noon)
+                events = b"".join(sse.feed("stdout", piece) for piece in pieces).split(b"\n\n")
+                self.assertLess(max(map(len, events)), 65_536, bits)
+
+    def test_a_heartbeat_is_an_object_or_an_event_after_a_silence_of_ours(self) -> None:
+        for kind, expected in ((Ndjson, b'"silent_seconds": 2.2}\n'), (Sse, b"event: heartbeat\ndata: 2.2\n\n")):
+            timer = Timer()
+            format_ = kind(Options(heartbeat_seconds=2), clock=noon, timer=timer)
+            self.assertEqual(format_.due, 102)
+            timer.now = 101
+            format_.feed("stdout", b"part")  # it is not written yet, and puts nothing off
+            timer.now = 101.25
+            self.assertIn(b"part", format_.pause())
+            self.assertEqual(format_.due, 103.25)
+            timer.now = 103.25
+            self.assertTrue(format_.pause().endswith(expected))
+            self.assertEqual(format_.due, 105.25)
+
     def test_a_line_without_an_end_is_held_no_further_than_the_bound(self) -> None:
         format_ = Ndjson(clock=noon)
         got = b"".join(format_.feed("stdout", b"x" * 10_000) for _ in range(100))
@@ -201,7 +235,7 @@ class SseFormat(unittest.TestCase):
         format_.feed("stdout", b"prompt")
         self.assertEqual(format_.due, 115.25)
         timer.now = 115.25
-        self.assertEqual(format_.pause(), b"id: 6\ndata: prompt\n\n")
+        self.assertEqual(format_.pause(), b"partial: true\nid: 6\ndata: prompt\n\n")
 
     def test_a_run_that_was_stopped_says_so_before_its_exit(self) -> None:
         self.assertEqual(self.events(outcome=CUT), [("stopped", "timeout after 2 s", "0"), ("exit", "143", "0")])
@@ -289,9 +323,10 @@ class HtmlFormat(unittest.TestCase):
             ("44", "color:var(--page);background:var(--c4)"),
             ("103", "color:var(--page);background:var(--c11)"),
             ("38;5;9", "color:var(--c9)"),
-            ("38;5;208", "color:#ff8700"),
+            ("38;5;208", "color:light-dark(#b45f00, #ff8700)"),
             ("48;5;255", "color:#000;background:#eeeeee"),
-            ("38;2;1;2;300", "color:#0102ff"),
+            ("38;2;1;2;300", "color:light-dark(#0102ff, #7272ff)"),
+            ("38;2;120;120;120;48;2;250;250;250", "color:#787878;background:#fafafa"),
             ("1", "font-weight:bold"),
             ("2", "opacity:.7"),
             ("3", "font-style:italic"),
@@ -359,6 +394,36 @@ class HtmlFormat(unittest.TestCase):
         text = "<script>alert(1)</script> &lt; \"'> <p class=r> --> ]]>"
         self.assertEqual(self.page(("stdout", text.encode())).lines[0], text)
 
+    def test_every_colour_can_be_told_from_the_page(self) -> None:
+        def light(colour: str) -> float:
+            levels = [level / 255 for level in bytes.fromhex(colour[1:])]
+            red, green, blue = (one / 12.92 if one <= 0.03928 else ((one + 0.055) / 1.055) ** 2.4 for one in levels)
+            return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+        dice = random.Random(1)
+        colours = [f"5;{index}" for index in range(16, 256)]
+        colours += ["2;{};{};{}".format(*dice.randbytes(3)) for _ in range(2000)]
+        for colour in colours:
+            found = re.findall(
+                "#[0-9a-f]{6}", self.write(("stdout", f"\x1b[38;{colour}mx\n".encode())).decode().partition("<main")[2]
+            )
+            for shown, page in ((found[0], "#ffffff"), (found[-1], "#16181c")):
+                darker, lighter = sorted([light(shown), light(page)])
+                self.assertGreaterEqual((lighter + 0.05) / (darker + 0.05), 4.5, (colour, shown))
+
+    def test_links_are_those_of_the_web_alone(self) -> None:
+        start, end = b"\x1b]8;id=1;", b"\x1b]8;;\x1b\\"
+        written = self.write(
+            ("stdout", b"a " + start + b'https://e.test/?a=1&b="\x07l\x1b[1mink' + end + b" b\n")
+        ).decode()
+        tag = '<a href="https://e.test/?a=1&amp;b=&quot;" rel="noopener noreferrer" target="_blank" style="{}">'
+        self.assertIn(f"<samp>a {tag.format('')}l</a>{tag.format('font-weight:bold')}ink</a>", written)
+        self.assertIn('<span style="font-weight:bold"> b\n</span></samp>', written)
+        for other in (b"javascript:alert(1)", b"file:///etc/passwd", b"//e.test", b"data:text/html,x", b""):
+            written = self.write(("stdout", start + other + b"\x07text" + end + b"\n")).decode()
+            self.assertIn("<samp>text\n</samp>", written)
+            self.assertNotIn("<a ", written)
+
     def test_control_characters_in_front_of_a_carriage_return_do_not_hide_it(self) -> None:
         for data in (b"10%\a\r20%\n", b"10%\0\x01\r20%\n", b"10%\b\x1b\x1b[m\r20%\n"):
             page = self.page(("stdout", data))
@@ -369,7 +434,7 @@ class HtmlFormat(unittest.TestCase):
         self.assertEqual(page.lines[:-1], ["10%", "20%", "30%", "next", "x", "z"])
         self.assertEqual(page.classes[:-1], ["", "r", "r", "", "r", ""])
         written = self.write(("stdout", b"".join(b"\r%d" % n for n in range(1000))))
-        blocks = written.partition(b"<main")[2].split(b"</div><div>")
+        blocks = re.split(b"</div><div[^>]*>", written.partition(b"<main")[2])
         self.assertEqual(len(Page(written).lines) - 1, 1000)
         self.assertTrue(all(block.endswith(b'<samp class="r z"></samp>') for block in blocks[:-1]))
         self.assertLessEqual(max(block.count(b"<samp") for block in blocks), 201)

@@ -38,6 +38,9 @@ def taking(command: str, **options: Any) -> Command:
     return Command(command, stdin=True, **options)
 
 
+PAGERS = (b"PAGER", b"GIT_PAGER", b"MANPAGER", b"SYSTEMD_PAGER")
+
+
 class InputCase(ServerCase):
     def begin(self, server: streamlog.Server, path: str, *headers: str, method: str = "PUT", **options: Any) -> Raw:
         """A client that has sent the head of a request with a body."""
@@ -377,6 +380,19 @@ class Terminals(InputCase):
         server = self.serve({"x": Command(script, pty=True)}, terminal_size=(100, 30))
         self.assertEqual(self.fetch(server, "/x").body, b"30 100\n100 30 xterm-256color\nno input\n")
 
+    def test_a_command_has_a_size_of_its_own_and_no_pager_that_waits_for_keys(self) -> None:
+        script = "!stty size </dev/tty; echo $PAGER $GIT_PAGER $MANPAGER $SYSTEMD_PAGER"
+        server = self.serve(
+            {
+                "x": Command(script, pty=True, terminal=(132, 40)),
+                "input": Command(script, pty=True, stdin=True, env={"PAGER": "less"}),
+                "mine": Command(script, pty=True, env={"PAGER": "less"}),
+            }
+        )
+        self.assertEqual(self.fetch(server, "/x").body, b"40 132\ncat cat cat cat\n")
+        self.assertEqual(self.fetch(server, "/input", "POST").body.split()[2:3], [b"less"])
+        self.assertEqual(self.fetch(server, "/mine").body, b"24 80\nless cat cat cat\n")
+
     def test_it_is_the_controlling_terminal_and_the_command_leads_its_session(self) -> None:
         script = "import os; print(os.getsid(0) == os.getpid() == os.tcgetpgrp(1), open('/dev/tty', 'w').isatty())"
         server = self.serve({"x": Command([sys.executable, "-c", script], pty=True)})
@@ -505,7 +521,7 @@ class Terminals(InputCase):
                 server = self.serve({"x": Command("env", env=env), "y": Command("env", env=env, pty=True)})
                 plain, terminal = (set(self.fetch(server, path).body.splitlines()) for path in ("/x", "/y"))
             names = {line.partition(b"=")[0] for line in plain ^ terminal}
-            self.assertLessEqual(names, {b"TERM", b"COLUMNS", b"LINES", b"PYTHON_BASIC_REPL"})
+            self.assertLessEqual(names, {b"TERM", b"COLUMNS", b"LINES", b"PYTHON_BASIC_REPL"}.union(PAGERS))
 
     def test_jobs_are_found_though_their_processes_cannot_be_looked_at_in_a_moment(self) -> None:
         server = self.serve(

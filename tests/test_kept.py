@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import hashlib
 import io
@@ -19,6 +20,7 @@ import threading
 import time
 import unittest
 from typing import Any
+from unittest import mock
 
 import streamlog
 from streamlog import Command, ConfigError
@@ -111,6 +113,17 @@ class Transcripts(unittest.TestCase):
         room[0] = 300_000
         transcript.write("stdout", b"again")
         self.assertEqual(self.read(transcript), (600_000, b"again"))
+
+    def test_times_become_coarser_where_there_are_too_many(self) -> None:
+        moments = iter(range(1, 1 << 30))
+        with mock.patch("time.time", lambda: float(next(moments))):
+            transcript = self.transcript()
+            for _ in range(40_000):
+                transcript.write("stdout", b"x")
+        self.assertEqual(self.read(transcript), (0, b"x" * 40_000), "nothing is lost for it")
+        self.assertLess(len(transcript._changes), 17_000)
+        for offset in (0, 1, 20_000, 39_999):
+            self.assertAlmostEqual(transcript.find_time(offset), offset + 1, delta=8)
 
     def test_changes_of_stream_are_bounded_too(self) -> None:
         transcript = self.transcript()
@@ -312,6 +325,19 @@ class Kept(KeptCase):
         self.assertEqual(done.status, 204)
         snapshot = self.fetch(server, f"{path}?follow=0&format=ndjson").body
         self.assertNotIn(b"exit_code", snapshot)
+
+    def test_times_are_those_at_which_it_was_written(self) -> None:
+        server = self.serve({"x": "!for i in 1 2 3; do date +%s.%N; sleep 0.4; done"})
+        path = self.keep(server, "/x")
+        self.ended(server, path)
+        time.sleep(0.5)
+        for line in self.fetch(server, f"{path}?timestamps=1").body.decode().splitlines():
+            stamp, moment = line.split()
+            written = datetime.datetime.fromisoformat(stamp).timestamp()
+            self.assertAlmostEqual(written, float(moment), delta=0.15)
+        for found in map(json.loads, self.fetch(server, f"{path}?format=ndjson").body.splitlines()[:-1]):
+            written = datetime.datetime.fromisoformat(found["time"]).timestamp()
+            self.assertAlmostEqual(written, float(found["line"]), delta=0.15)
 
     def test_a_run_is_stopped_and_says_so(self) -> None:
         server = self.serve({"x": "!echo $$; exec sleep 300"})
@@ -527,6 +553,15 @@ class Waiting(KeptCase):
         answer = self.fetch(server, f"{path}?wait=1")
         self.assertEqual((answer.status, answer.headers["exit-code"], answer.body), (500, "4", b"out\n"))
         self.assertEqual(len(json.loads(self.fetch(server, "/-/runs", headers=[JSON]).body)["runs"]), 1)
+
+    def test_more_than_is_kept_is_no_plain_200(self) -> None:
+        server = self.serve({"x": "head -c {n:int} /dev/zero"}, transcript_bytes=100_000)
+        whole = self.fetch(server, "/x?wait&n=100000")
+        self.assertEqual((whole.status, len(whole.body)), (200, 100_000))
+        cut = self.fetch(server, "/x?wait&n=100001")
+        self.assertEqual((cut.status, cut.headers["exit-code"]), (507, "0"))
+        self.assertEqual(cut.headers["content-type"], "text/plain; charset=utf-8")
+        self.assertIn(b"the output has 100001 bytes, which is more than is kept", cut.body)
 
     def test_curl_fails_where_the_command_does(self) -> None:
         if not shutil.which("curl"):

@@ -166,6 +166,11 @@ class Heads(unittest.TestCase):
                         read(in_pieces(data, size))
                     self.assertEqual(caught.exception.status, status)
 
+    def test_what_is_not_encoded_is_told_how_to_be(self) -> None:
+        for line in ("GET /x?t=gr\xc3\xbc\xc3\x9fe HTTP/1.1", "GET /\xe9 HTTP/1.1"):
+            with self.assertRaisesRegex(Error, "percent-encoded, as curl -G --data-urlencode"):
+                parse(head(line))
+
     def test_empty_lines_before_a_request_are_skipped_and_count_towards_its_head(self) -> None:
         self.assertEqual(parse(b"\r\n\r\n" + head()).path, "/")
         for count in (32_700, 32_767, 32_768, 40_000):
