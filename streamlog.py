@@ -119,6 +119,7 @@ import threading
 import time
 import traceback
 import typing
+import unicodedata
 import urllib.parse
 import weakref
 from collections import OrderedDict
@@ -863,15 +864,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             spool.write("stdout", piece)
         outcome = run.outcome
         headers = {**reply.headers, "Exit-Code": str(outcome.exit_code)}
-        status = 500 if outcome.exit_code or outcome.reason else 200
         if spool.start:  # the beginning is lost
-            text = f"the output has {spool.end} bytes, which is more than is kept: use ?async=1, or --transcript-size\n"
-            status, headers["Content-Type"], spool = 507, _PLAIN_TEXT, Transcript(len(text))
-            spool.write("stdout", text.encode())
-        self._send_head(request, reply._replace(status=status, headers=headers, length=spool.end - spool.start))
-        at = spool.start
+            text = f"the answer has {spool.end} bytes, more than is kept: leave out ?wait, or raise --transcript-size\n"
+            self._send_whole(request, _text_reply(text, 507, {"Exit-Code": headers["Exit-Code"]}))
+            return
+        status = 500 if outcome.exit_code or outcome.reason else 200
+        self._send_head(request, reply._replace(status=status, headers=headers, length=spool.end))
+        at = 0
         while at < spool.end:
-            at, _, data = spool.read(at, _BLOCK_MAX_BYTES)
+            data = spool.read(at, _BLOCK_MAX_BYTES)[2]
             self.wfile.write(data)
             at += len(data)
 
@@ -1022,7 +1023,7 @@ def _parse_head(head: Sequence[str]) -> Request:
     """Make a request of the lines of a head. Raises Error: nothing that is unclear is guessed at."""
     match = _REQUEST_LINE.fullmatch(head[0])
     if not match and not head[0].isascii():
-        raise Error("the URL must be percent-encoded, as curl -G --data-urlencode NAME=VALUE does it")
+        raise Error("the URL must be percent-encoded, as curl -G --data-urlencode NAME=VALUE does")
     if not match:
         raise Error("the request line must be METHOD, URL and HTTP/1.1, with one space between")
     method, target, major, minor = match.groups()
@@ -1386,7 +1387,7 @@ class Site:
         elif takes_input and request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Error("the body is passed to the command as it is: send it as curl -T or --data-binary does", 415)
         entry = _Entry(name, command, values)
-        options, headers = _read_options(entry, request, given)
+        options, headers = _read_options(entry, request, given, self._settings.terminal_size)
         keeping = self._find_keeping(entry, request, given, takes_input)
         if re.fullmatch("bytes=0*[1-9][0-9]*-", _find_range(request)):
             raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
@@ -1459,7 +1460,7 @@ class Site:
         """Answer with what a kept run has written, and goes on to write. A range, bytes=N-, is that of a run, as at the
         address of a shared command it would name another each time; others are ignored (RFC 9110 section 14.2)."""
         transcript, outcome, end = entry.transcript, entry.transcript.outcome, entry.transcript.end
-        options, headers = _read_options(entry, request, given)
+        options, headers = _read_options(entry, request, given, self._settings.terminal_size)
         waits = _is_on(given, "wait")
         follows = waits or _is_on(given, "follow", "1")
         has_extras = options.timestamps or options.hostname or options.notes == "always"
@@ -1582,7 +1583,9 @@ def _parse_form(request: Request) -> list[tuple[str, str]]:
         raise Error("the form must be UTF-8") from None
 
 
-def _read_options(entry: _Entry, request: Request, given: _Texts) -> tuple[Options, dict[str, str]]:
+def _read_options(
+    entry: _Entry, request: Request, given: _Texts, terminal_size: tuple[int, int]
+) -> tuple[Options, dict[str, str]]:
     """How a request wants its output, by the server's own options or else by its Accept header; and the headers that
     describe it. Raises Error."""
     command, options = entry.command, Options(notes="never")
@@ -1595,7 +1598,9 @@ def _read_options(entry: _Entry, request: Request, given: _Texts) -> tuple[Optio
         hostname = socket.gethostname() if _is_on(given, "hostname") else ""
         format_, heartbeat = given.get("format") or _negotiate(request.accepted), float(given.get("heartbeat", "inf"))
         title = f"{entry.name}: {command.line}"
-        options = Options(format_, notes, _is_on(given, "timestamps"), hostname, heartbeat, 0, title, command.is_report)
+        columns, _ = command.terminal or terminal_size
+        stamps = _is_on(given, "timestamps")
+        options = Options(format_, notes, stamps, hostname, heartbeat, 0, title, command.is_report, columns)
         headers["Content-Type"] = _FORMATS[options.format][1]
     elif given.get("format", "text") != "text":
         raise Error(f"parameter 'format' is not available: the output is {command.type}, and sent as it is")
@@ -1940,10 +1945,8 @@ class Command:
         inherited = {key: value for key, value in os.environ.items() if not re.fullmatch(hidden, key)}
         # Python's newer prompt redraws itself with each key, which curl cannot show.
         terminal = {"TERM": "xterm-256color", "PYTHON_BASIC_REPL": "1"} if self.pty else {}
-        if not self.stdin:  # nobody could press a key
-            terminal.update(
-                dict.fromkeys(("PAGER", "GIT_PAGER", "MANPAGER", "SYSTEMD_PAGER"), "cat") if self.pty else {}
-            )
+        if self.pty and not self.stdin:  # nobody could press a key
+            terminal.update(dict.fromkeys(("PAGER", "GIT_PAGER", "MANPAGER", "SYSTEMD_PAGER"), "cat"))
         self._environment = {**inherited, "PYTHONUNBUFFERED": "1", **terminal, **self.env}
 
     def _check_options(self) -> None:
@@ -2117,7 +2120,7 @@ disk | Space on file systems | df -h | _disk
 inodes | Inodes on file systems | df -i
 mounts | What is mounted where | /proc/mounts | mount
 processes | All processes | ps aux | /proc/[0-9]*/cmdline
-top | The busiest processes (live) | [/usr/lib/*/libproc*] top -b -w -d 2 | [/usr/lib64/libproc*] top -b -w -d 2 | \
+top | The busiest processes (live) | [/usr/lib/*/libproc*] top -b -w -d 2 | [/usr/lib*/libproc*] top -b -w -d 2 | \
 [/proc/stat] top -b -d 2 | top -l 0 -s 2 -n 20
 vmstat | Processor, memory and paging, once a second (live) | vmstat 1 | vm_stat 1
 iostat | Disk activity, every two seconds (live) | [/proc/stat] iostat 2 | iostat -w 2
@@ -2228,9 +2231,10 @@ class Outcome(NamedTuple):
         """The end in a word: ok, failed, or why the server ended the run."""
         if not self.reason:
             return "failed" if self.exit_code else "ok"
-        known = re.match(f"timeout|output limit|{_CLIENT_GONE}|{_CLIENT_STALLED}|{_SHUTTING_DOWN}", self.reason)
-        end = known[0].replace(" ", "_") if known else "stopped"
-        return "shutdown" if end.endswith("down") else end
+        if self.reason.startswith(_SHUTTING_DOWN):
+            return "shutdown"
+        known = re.match(f"timeout|output limit|{_CLIENT_GONE}|{_CLIENT_STALLED}", self.reason)
+        return known[0].replace(" ", "_") if known else "stopped"
 
     @property
     def note(self) -> str:
@@ -2878,6 +2882,10 @@ class Process(Run):
             self.signal = -code if code < 0 else None
             self._note_exit(128 - code if code < 0 else code)
 
+    def _end_drain(self) -> None:
+        self._signal(0)  # may what still holds the pipes be signalled?
+        super()._end_drain()
+
     def _end(self) -> None:
         """Ask the rest of the group to end too, and make sure that it does."""
         if self._is_empty():
@@ -3083,6 +3091,7 @@ _SSE_COMMENT_SECONDS = 15.0
 # A part of a line in sse and ndjson: written, it has at most 7 times the bytes, and readers such as Go's bufio.Scanner
 # stop at 64 KiB. An escape sequence that does not end is held no further than this.
 _PART_BYTES = 8 * 1024
+_PARTS = re.compile(rb"(?s).{1,%d}[\x80-\xbf]{0,3}" % (_PART_BYTES - 3))
 _ESCAPE_CHARACTERS = 1024
 _BLOCK_LINES = 200  # of a page, in one block: a browser lays out a new line without looking at other blocks
 
@@ -3098,6 +3107,7 @@ class Options(NamedTuple):
     offset: int = 0  # in the output, of the first byte that is fed
     title: str = ""
     is_report: bool = False  # whether a page opens at its beginning
+    columns: int = 80  # of the terminal that a page stands for
 
 
 _PLAIN = Options()
@@ -3178,7 +3188,7 @@ class Text(Format):
         prefix = "".join(f"{word} " for word in words if word).encode()
         starts_line |= self._is_returned and data[:1] != b"\n"
         self._is_returned = data[-1:] == b"\r"  # if it is not the first half of CRLF, the line is written anew
-        text = prefix * starts_line + re.sub(rb"\n|\r(?!\n|\Z)", lambda found: found[0] + prefix, data)
+        text = prefix * starts_line + re.sub(rb"\n|\r(?!\n|\Z)", rb"\g<0>" + prefix, data)
         return text.removesuffix(prefix) if self._at_line_start else text
 
     def _note(self, note: str) -> bytes:
@@ -3202,17 +3212,19 @@ class Ndjson(Format):
         super().__post_init__()
         self._held: dict[str, tuple[bytes, float]] = {}  # by stream, a part of a line, and the moment it goes out
         self._offset = self.options.offset
-        self._quiet_seconds = min(self.comment_seconds, self.options.heartbeat_seconds)
+        heartbeat = self.options.heartbeat_seconds
+        self._quiet_seconds = heartbeat if heartbeat < math.inf else self.comment_seconds
         self._quiet_due = self.due = self._last_output + self._quiet_seconds
 
     def feed(self, stream: str, data: bytes) -> bytes:
         now = self._last_output = self.timer()
         held, moment = self._held.pop(stream, (b"", now + _PARTIAL_SECONDS))
         lines, line_end, rest = (held + data).rpartition(b"\n")
+        written = self._write(stream, lines) if line_end else ""
+        parts, rest = self._write_parts(stream, rest)
         if rest:
-            moment = now + _PARTIAL_SECONDS if line_end else moment
-            self._held[stream] = rest, moment if len(rest) <= _PART_BYTES else now
-        return self._schedule((self._write(stream, lines, False) if line_end else "") + self._flush(now))
+            self._held[stream] = rest, now + _PARTIAL_SECONDS if line_end or parts else moment
+        return self._schedule(written + parts + self._flush(now))
 
     def pause(self) -> bytes:
         now = self.timer()
@@ -3235,26 +3247,22 @@ class Ndjson(Format):
     def _flush(self, now: float = math.inf) -> str:
         """Write the parts of lines that are to go out by now."""
         late = [stream for stream, (_, moment) in self._held.items() if moment <= now]
-        return "".join(self._write(stream, self._held.pop(stream)[0], True) for stream in late)
+        return "".join(self._write_lines(stream, self._held.pop(stream)[0], True) for stream in late)
 
-    def _write(self, stream: str, lines: bytes, is_partial: bool) -> str:
-        """Write lines, the last of them perhaps unfinished; long ones in parts, which end where a character does."""
-        if len(lines) <= _PART_BYTES or max(map(len, lines.split(b"\n"))) <= _PART_BYTES:
-            return self._write_lines(stream, lines, is_partial)
-        written = ""
-        *others, last = lines.split(b"\n")
-        for line, is_part in [*((other, False) for other in others), (last, is_partial)]:
-            at = 0
-            while len(line) - at > _PART_BYTES:
-                end = at + _PART_BYTES
-                end = next((one for one in range(end, end - 4, -1) if line[one] & 0xC0 != 0x80), end)
-                written += self._write_lines(stream, line[at:end], True)
-                at = end
-            written += self._write_lines(stream, line[at:], is_part)
-        return written
+    def _write(self, stream: str, lines: bytes) -> str:
+        """Write lines; each part of a long one but the last is marked."""
+        if max(map(len, lines.split(b"\n"))) <= _PART_BYTES:
+            return self._write_lines(stream, lines, False)
+        pieces = (self._write_parts(stream, line) for line in lines.split(b"\n"))
+        return "".join(parts + self._write_lines(stream, rest, False) for parts, rest in pieces)
+
+    def _write_parts(self, stream: str, line: bytes) -> tuple[str, bytes]:
+        """Write what is too long of a line, in parts that end where a character does. Returns the rest too."""
+        *parts, rest = _PARTS.findall(line) or [b""]
+        return "".join(self._write_lines(stream, part, True) for part in parts), rest
 
     def _write_silence(self, seconds: float) -> str:
-        return json.dumps({"time": _timestamp(self.clock()), "silent_seconds": round(seconds, 1)}) + "\n"
+        return json.dumps({"time": _timestamp(time.time()), "silent_seconds": round(seconds, 1)}) + "\n"
 
     def _write_lines(self, stream: str, lines: bytes, is_partial: bool) -> str:
         quote = json.encoder.encode_basestring_ascii
@@ -3285,6 +3293,8 @@ class Sse(Ndjson):
         super().__post_init__()
         # With an id from the start, every reconnect of an EventSource has a Last-Event-ID, and starts nothing.
         self.beginning = b"id: %d\n\n" % self._offset
+        make = codecs.getincrementaldecoder("utf-8")  # a part may end within a character
+        self._decoders = {stream: make("replace") for stream in ("stdout", "stderr")}
 
     def _write_silence(self, seconds: float) -> str:
         return (
@@ -3300,7 +3310,7 @@ class Sse(Ndjson):
 
     def _write_lines(self, stream: str, lines: bytes, is_partial: bool) -> str:
         event = "event: stderr\n" * (stream == "stderr") + "partial: true\n" * is_partial
-        texts = lines.decode(errors="replace").split("\n")
+        texts = self._decoders[stream].decode(lines, not is_partial).split("\n")
         if b"\r" in lines:  # it would end the field
             texts = [text.strip("\r").replace("\r", "\ndata: ") for text in texts]
         events = []
@@ -3314,25 +3324,29 @@ class Sse(Ndjson):
         return f"{stopped}event: exit\nid: {self._offset}\ndata: {outcome.exit_code}\n\n"
 
 
-# What is special to a terminal: carriage returns, escape sequences (ECMA-48) in their two spellings, and the other
-# control characters except tab. A sequence that never ends is cut short, and what remains of it is text.
+# What is special to a terminal: escape sequences (ECMA-48) in both spellings, and the control characters except tab
+# and newline. A sequence that never ends is cut short, and what remains of it is text.
 _CSI_PART = f"(?:\x1b\\[|\x9b)[0-?]{{0,{_ESCAPE_CHARACTERS}}}[ -/]{{0,8}}"
 _STRING_PART = f"(?:\x1b[PX\\]^_]|[\x90\x98\x9d-\x9f])[^\x07\x18\x1b\x90\x98\x9c-\x9f\n]{{0,{_ESCAPE_CHARACTERS}}}"
 _TERMINAL_TOKEN = re.compile(
     "(?P<text>[^\x00-\x08\x0b-\x1f\x7f-\x9f]+)"
-    f"|(?P<unfinished>(?:\r+|{_CSI_PART}|{_STRING_PART}\x1b?|\x1b[ -/]{{0,8}})\\Z)"
-    f"|(?:\x1b\\[|\x9b)(?P<style>[0-;]{{0,{_ESCAPE_CHARACTERS}}})m|\r+(?=\n)|(?P<returned>\r+)"
-    f"|\x1b\\]8;[!-:<-~]*;(?P<link>[!-~]{{0,{_ESCAPE_CHARACTERS}}})(?:\x07|\x1b\\\\)"
+    f"|(?P<unfinished>(?:{_CSI_PART}|{_STRING_PART}\x1b?|\x1b[ -/]{{0,8}})\\Z)"
+    f"|(?:\x1b\\[|\x9b)(?P<style>[0-;]{{0,{_ESCAPE_CHARACTERS}}})m"
+    "|\x1b\\]8;[!-:<-~]{0,99};(?P<link>[^\x07\x18\x1b\n]{0,900})(?:\x07|\x1b\\\\)"
+    f"|(?:\x1b\\[|\x9b)(?P<count>[0-9]{{0,4}})[0-;]{{0,{_ESCAPE_CHARACTERS}}}(?P<move>[@-~])"
+    "|\r+(?=\n)|(?P<control>\x1b[8DEMc]|[\b\v\f\r\x84\x85\x8d])"
     f"|{_CSI_PART}[@-~]|{_STRING_PART}(?:\x07|\x1b\\\\|\x9c)|\x1b+(?=\x1b)|\x1b[ -/]{{0,8}}[0-~]?"
-    "|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]+|."
+    "|[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f]+|."
 )
+_BLANK = " ", ""  # a cell
+_CELLS_MAX = 400  # of a line that is edited; of a longer one, the rest stays as it is
 
 
 class _Lane:
     """What is kept of one stream between two pieces of it: a character, a line or an escape sequence may be split."""
 
-    def __init__(self, class_: str) -> None:
-        self.class_ = class_  # of its lines
+    def __init__(self, tag: str) -> None:
+        self.tag = tag  # of its lines
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.held = ""
         self.is_in_line = False
@@ -3344,9 +3358,10 @@ class _Lane:
 class Html(Format):
     """A page for people: colours, numbered lines, a view that follows the newest one.
 
-    What it writes does not depend on how the output was cut into pieces. A line is a <samp>. One that a carriage return
-    begins anew is hidden by the rule `samp:has(+ .r)`, so that a progress bar shows its latest state. The end of a line
-    stands inside its element, where it is copied with it.
+    What it shows does not depend on how the output was cut into pieces. A line is a <samp>, and its end stands inside
+    it, where it is copied with it. As on a terminal, text may be put over the line's own, or erased: then the line is
+    written anew at the end of a block of output, and an <i> hides the one before. What moves the cursor to another line
+    begins a new one, so nothing is hidden there.
     """
 
     block_bytes = _BLOCK_MIN_BYTES
@@ -3354,12 +3369,17 @@ class Html(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._lanes = {"stdout": _Lane(""), "stderr": _Lane("e")}
+        self._lanes = {"stdout": _Lane("<samp>"), "stderr": _Lane('<samp class="e">')}
         self._lines = 0  # in this block
         self._number = 0  # of the last line, among those that are seen
-        self._last: _Lane | None = None  # the lane of the last line
+        self._lane = self._lanes["stdout"]  # of the last line
         self._end = ""  # what ends that line, if it is open
         self._span = ""  # the tag that began the last text in it
+        self._cells: list[tuple[str, str]] = []  # its characters and their tags, by columns
+        self._column = 0  # of the cursor, before what follows
+        self._added: list[tuple[str, str]] = []  # text and its tags, not yet in the cells
+        self._is_edited = False  # whether what was written differs from the cells
+        self._prefix = ""
         self._host = f"<b>{html.escape(self.options.hostname)}</b> " if self.options.hostname else ""
         style = _VIEW_STYLE + "main { display: block }" * self.options.is_report
         page = _make_page(self.options.title, style, _fill(_VIEW, {}, TITLE=self.options.title))
@@ -3367,9 +3387,12 @@ class Html(Format):
 
     def feed(self, stream: str, data: bytes) -> bytes:
         super().feed(stream, data)
-        self._stamp = f"<time>{_timestamp(self.clock())}</time> " if self.options.timestamps else ""
+        stamp = f"<time>{_timestamp(self.clock())}</time> " if self.options.timestamps else ""
+        self._prefix = stamp + self._host
         lane = self._lanes[stream]
-        return "".join(self._write(lane, lane.held + lane.decode(data))).encode()
+        written = "".join(self._write(lane, lane.held + lane.decode(data))) + self._redraw()
+        self._settle()
+        return written.encode()
 
     def end(self, outcome: Outcome) -> bytes:
         rest = [self.feed(stream, b"\x18") for stream in self._lanes]  # CAN cancels an unfinished sequence
@@ -3377,7 +3400,6 @@ class Html(Format):
         return b"".join(rest) + note + b"</div></div></main></body></html>\n"
 
     def _note(self, note: str) -> bytes:
-        self._last = None
         return f'{self._close_line()}<samp class="n">{html.escape(note)}\n</samp>'.encode()
 
     def _write(self, lane: _Lane, text: str) -> Iterator[str]:
@@ -3385,73 +3407,135 @@ class Html(Format):
         lane.held = ""
         for token in _TERMINAL_TOKEN.finditer(text):
             kind = token.lastgroup
-            if kind == "text":
-                *lines, rest = html.escape(token[0], quote=False).split("\n")
-                if lines:
-                    yield from self._add_lines(lane, lines)
-                if rest:
-                    yield self._begin(lane) + rest
-                    lane.is_in_line = True
-            elif kind == "style":
-                _set_style(lane.style, token[kind])
-                lane.span = _span(lane.style, lane.link)
-            elif kind == "link":  # OSC 8, of terminals
-                lane.link = token[kind] if re.match("(?i)https?://", token[kind]) else ""
-                lane.span = _span(lane.style, lane.link)
-            elif kind == "unfinished":
+            if kind == "unfinished":
                 lane.held = token[0]
-            elif kind == "returned" and self._last is lane:
-                yield self._close_line()  # text that follows replaces it
+            elif kind in ("style", "link"):
+                if kind == "style":
+                    _set_style(lane.style, token[kind])
+                else:  # OSC 8, of terminals
+                    lane.link = token[kind] if re.fullmatch("(?i)https?://[!-~]+", token[kind]) else ""
+                lane.span = _span(lane.style, lane.link)
+            elif kind:
+                if lane is not self._lane:
+                    yield self._close_line()
+                    self._lane = lane
+                if kind == "text":
+                    yield from self._add(token[0])
+                else:
+                    final = token["move"] or {"\b": "D", "\r": "G"}.get(token[0], "A")
+                    yield self._move(final, int(token["count"] or 0))
 
-    def _add_lines(self, lane: _Lane, lines: list[str]) -> Iterator[str]:
-        """End a line, and add others, a block at a time."""
-        if lane.is_in_line:
-            rest = lines.pop(0)
-            if rest:
-                yield self._begin(lane) + rest
-            # If the other stream interrupted this line, it was closed then: its newline would only add an empty line.
-            if self._last is lane:
-                yield self._close_line()
-            lane.is_in_line = False
+    def _add(self, text: str) -> Iterator[str]:
+        """Put text where the cursor is; whole lines a block at a time."""
+        *lines, rest = text.split("\n")
+        if lines and (self._lane.is_in_line or self._column):
+            yield self._put(lines[0]) + self._redraw()
+            # If the line was closed already, its newline would only add an empty one.
+            lines[:1] = [] if self._lane.is_in_line else [""]
+            yield self._close_line()
+            self._lane.is_in_line = False
         others = iter(lines)
         for line in others:
-            begin, end = self._begin(lane), self._close_line()
+            begin, end = self._open() + self._tags(self._lane.span), self._close_line()
             block = [line, *itertools.islice(others, _BLOCK_LINES - self._lines)]
             self._lines += len(block) - 1
             self._number += len(block) - 1
-            yield begin + (end + self._tag(lane.class_) + lane.span).join(block) + end
+            between = f"{end}{self._lane.tag}{self._prefix}{self._lane.span}"
+            yield begin + html.escape("\n".join(block), False).replace("\n", between) + end
+        yield self._put(rest)
 
-    def _begin(self, lane: _Lane) -> str:
-        """Begin text in the lane's style. Open a line for it, if the lane's is not open."""
-        begin = ""
-        if self._last is not lane or not self._end:
-            is_anew = self._last is lane and lane.is_in_line  # a carriage return closed it
-            begin = self._close_line()
-            if self._lines == _BLOCK_LINES:
-                # If the next block begins with a line that replaces the last one here, an unseen line hides that.
-                self._number -= is_anew
-                begin += (
-                    '<samp class="r z"></samp>' * is_anew + f'</div><div style="counter-reset:line {self._number}">'
-                )
-                self._lines, is_anew = 0, False
-            self._lines += 1
-            self._number += not is_anew
-            self._last, self._span = lane, ""
-            begin += self._tag(lane.class_ + " r" * is_anew)
-        if lane.span != self._span:
-            begin += _end_tag(self._span) + lane.span
-            self._span = lane.span
-        self._end = f"\n{_end_tag(lane.span)}</samp>"
+    def _put(self, text: str) -> str:
+        """Put text into the line: written at once at its end, by `_redraw` elsewhere."""
+        if not text:
+            return ""
+        closed = self._close_line() if self._column != len(self._cells) >= _CELLS_MAX else ""
+        self._lane.is_in_line = True
+        self._is_edited |= self._column != len(self._cells)
+        self._added.append((text, self._lane.span))
+        if self._is_edited:
+            return closed
+        return closed + ("" if self._end else self._open()) + self._tags(self._lane.span) + html.escape(text, False)
+
+    def _settle(self) -> None:
+        """Put the text that was added into cells."""
+        cells, at = self._cells, self._column
+        for text, span in self._added:
+            for one in text if self._is_edited else text[:_CELLS_MAX]:
+                kind = "" if one.isascii() else unicodedata.category(one)
+                if one == "\t":
+                    at += 8 - at % 8
+                elif kind in ("Mn", "Me", "Cf") and at:  # it joins the character before it
+                    cells[at - 1] = cells[at - 1][0] + one, span
+                else:
+                    cells.extend([_BLANK] * (at - len(cells)))
+                    parts = [one, ""][: 1 + (kind != "" and unicodedata.east_asian_width(one) in "FW")]
+                    cells[at : at + len(parts)] = [(part, span) for part in parts]
+                    at += len(parts)
+        if self._added and not self._is_edited:
+            cells.extend([_BLANK] * (at - len(cells)))
+            del cells[_CELLS_MAX:]
+            at = min(at, _CELLS_MAX)
+        self._column = at
+        self._added.clear()
+
+    def _move(self, final: str, count: int) -> str:
+        """Move the cursor or edit the line, as a control sequence asks with its final character."""
+        if final in "ABEFHLMSTdefru" or (final == "J" and count):
+            return self._close_line()
+        self._settle()
+        written = self._redraw() if len(self._cells) > _CELLS_MAX else ""
+        at, cells, step, edge = self._column, self._cells, max(1, count), self.options.columns - 1
+        moved = {"C": at + step, "a": at + step, "D": at - step, "G": step - 1, "`": step - 1}.get(final)
+        if moved is not None:
+            self._column = max(0, min(moved, max(at, edge)))
+        elif final in "JKXP@" and len(cells) < _CELLS_MAX:
+            ranges = {"K": [(at, None), (0, at + 1), (0, None)][count % 3], "J": (at, None), "@": (at, at)}
+            part = slice(*ranges.get(final, (at, at + step)))
+            if cells[part] or (final == "@" and cells[at:]):
+                self._is_edited = True
+                cells[part] = [_BLANK] * {"@": min(step, edge), "P": 0}.get(final, len(cells[part]))
+        return written
+
+    def _redraw(self) -> str:
+        """Write the line anew, if it was edited; one that is all blank is not."""
+        if not self._is_edited:
+            return ""
+        self._settle()
+        self._is_edited = False
+        begin, cells = self._end and f"{self._end}<i></i>", self._cells
+        self._number -= bool(self._end)
+        self._end = ""
+        if all(cell == _BLANK for cell in cells):
+            cells.clear()
+        self._lane.is_in_line = bool(cells)
+        begin += self._open() if cells else ""
+        for span, group in itertools.groupby(cells, lambda cell: cell[1]):
+            begin += self._tags(span) + html.escape("".join(one for one, _ in group), False)
+        del cells[_CELLS_MAX:]
+        self._column = min(self._column, _CELLS_MAX)
         return begin
 
-    def _tag(self, classes: str) -> str:
-        """The beginning of a line."""
-        class_ = f' class="{classes.strip()}"' if classes else ""
-        return f"<samp{class_}>{self._stamp}{self._host}"
+    def _open(self) -> str:
+        """Begin a line."""
+        begin = ""
+        if self._lines == _BLOCK_LINES:
+            begin = f'</div><div><b style="counter-reset:line {self._number}"></b>'
+            self._lines = 0
+        self._lines += 1
+        self._number += 1
+        self._span, self._end = "", "\n</samp>"
+        return begin + self._lane.tag + self._prefix
+
+    def _tags(self, span: str) -> str:
+        """The tags between the last text of a line and one that this tag begins."""
+        tags = "" if span == self._span else _end_tag(self._span) + span
+        self._span, self._end = span, f"\n{_end_tag(span)}</samp>"
+        return tags
 
     def _close_line(self) -> str:
-        """Close the last line, if it is open."""
-        end, self._end = self._end, ""
+        """Close the last line, if it is open, and begin at the first column again."""
+        end = self._redraw() + self._end
+        self._cells, self._added, self._column, self._end = [], [], 0, ""
         return end
 
 
@@ -3523,9 +3607,7 @@ def _span(style: _Texts, link: str) -> str:
     if background and not colour.startswith("#"):
         colour = "var(--page)"
         if background.startswith("#"):
-            red, green, blue = bytes.fromhex(background[1:])
-            is_light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 35_000
-            colour = "#000" if is_light else "#fff"
+            colour = "#000" if _luminance(background) > 0.18 else "#fff"
     elif colour.startswith("#") and not background:
         colour = _readable(colour)
     lines = f"{style['underline']} {style['strike']}".strip()
@@ -3543,14 +3625,18 @@ def _span(style: _Texts, link: str) -> str:
     return f'<span style="{css}">' if css else ""
 
 
+def _luminance(colour: str) -> float:
+    """The relative luminance of a colour, between 0 and 1 (WCAG 2)."""
+    red, green, blue = (math.pow(level / 255, 2.2) for level in bytes.fromhex(colour[1:]))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
 def _readable(colour: str) -> str:
-    """A colour for text on the page: darker in light, lighter in dark, as far as a contrast of 4.5 needs (WCAG 2)."""
-    levels = [(level / 255) ** 2.2 for level in bytes.fromhex(colour[1:])]
-    light = 0.2126 * levels[0] + 0.7152 * levels[1] + 0.0722 * levels[2]
-    less, more = min(1.0, 0.18 / max(light, 0.001)), max(0.0, (0.23 - light) / (1 - min(light, 0.9)))
-    shades = [level * less for level in levels], [level + (1 - level) * more for level in levels]
-    on_light, on_dark = ("#" + bytes(round(255 * level ** (1 / 2.2)) for level in shade).hex() for shade in shades)
-    return colour if on_light == on_dark else f"light-dark({on_light}, {on_dark})"
+    """A colour for text on the page: darker in light, lighter in dark, as far as a contrast of 4.5 needs."""
+    light, levels = _luminance(colour), bytes.fromhex(colour[1:])
+    on_light = bytes(int(level * min(1, 0.18 / (light or 1)) ** 0.45) for level in levels).hex()
+    on_dark = bytes(level + (255 - level) * (light < 0.22) * 131 // 255 for level in levels).hex()
+    return f"light-dark(#{on_light}, #{on_dark})"
 
 
 _FORMATS: Mapping[str, tuple[type[Format], str]] = {
@@ -3566,7 +3652,6 @@ _FORMATS: Mapping[str, tuple[type[Format], str]] = {
 
 _TRANSCRIPT_MIN_BYTES = 64 * 1024
 _CHANGES_MAX = 16 * 1024  # of the stream or the time, in what is kept: each is remembered
-_TIME_SECONDS = 0.1  # between two times
 
 
 class Transcript:
@@ -3583,9 +3668,8 @@ class Transcript:
         self.outcome: Outcome | None = None
         self._file = file or io.BytesIO()
         self._lock = Lock()  # guards what follows, and the place in the file
-        self._changes = [
-            (0, "stdout", 0.0)
-        ]  # offsets at which the stream or the time (time.time()) changes, and to which
+        self._changes = [(0, "stdout", 0.0)]  # offsets at which the stream or the time changes, and to which
+        self._time_seconds = 0.1  # between two times
         self._is_failing = False  # which is logged once
         self.drop_another: Callable[[], bool] = lambda: False  # to make room on a full disk; False if there is none
         self.waiting: weakref.WeakSet[_Bell] = weakref.WeakSet()  # of readers that have read all there is
@@ -3603,11 +3687,13 @@ class Transcript:
         with self._lock:
             end, view = self.end + len(data), memoryview(data)[-self.size :]
             now, (_, last_stream, last_time) = time.time(), self._changes[-1]
-            if last_stream != stream or abs(now - last_time) > _TIME_SECONDS:
+            if last_stream != stream or abs(now - last_time) > self._time_seconds:
                 self._changes.append((self.end, stream, now))
             if len(self._changes) > _CHANGES_MAX:  # the times become coarser
-                pairs = zip(itertools.cycle((1, 0)), [self._changes[0], *self._changes], self._changes)
-                self._changes = [one for is_kept, last, one in pairs if is_kept or one[1] != last[1]]
+                kept = [
+                    one for at, one in enumerate(self._changes) if at % 2 == 0 or one[1] != self._changes[at - 1][1]
+                ]
+                self._changes, self._time_seconds = kept, self._time_seconds * 2
             many = self._changes[_CHANGES_MAX // 2][0] if len(self._changes) > _CHANGES_MAX else 0
             self._forget(max(end - self.size, many))
             while view:
@@ -4045,7 +4131,7 @@ samp { display: block; font: inherit; padding: 0 1ch 0 8ch; text-indent: -8ch; w
 samp::before { counter-increment: line; content: counter(line); display: inline-block; width: 6ch; text-indent: 0;
   margin-right: 2ch; text-align: right; color: var(--soft); user-select: none }
 samp.n::before { counter-increment: none; content: "" } samp.n, time, b { color: var(--soft) }
-samp.e { color: var(--c1) } samp:has(+ .r), samp.z { display: none }
+samp.e { color: var(--c1) } samp:has(+ i), i { display: none }
 """
 _VIEW = """<header><h1 title="TITLE">TITLE</h1>
 <p>Each line is shown as it comes, standard error in its own colour. The view follows the newest line; scroll up and
@@ -4492,10 +4578,10 @@ def _find_program(command: Command) -> str | None:
     return shutil.which(path, path=command.env.get("PATH"))
 
 
-# Operators, a home, a variable or a command in its place, and a pattern of file names: of the shell, outside of quotes.
-_FOR_SHELL = re.compile(
-    r"^(?:[|&;<>]+|[0-9]?>.+|~(?:/.*)?)$|;$|^[^'\"]*\$[({A-Za-z_]|^(?!.*://)[^'\"={\[]*[*?](?![^{]*\})[^'\"]*$"
-)
+# What a shell would act on: operators, a home, a variable or a command in its place, a pattern of file names that is no
+# URL. Quoted text and placeholders are not looked at.
+_QUOTED = re.compile(r"'[^']*'|\"(?:\\.|[^\"\\])*\"|\\.|\{[^{}]*\}")
+_FOR_SHELL = re.compile(r"^[|&<>]+$|^[0-9]?>.|&&|\|\||[;`]|^~|\$[({A-Za-z_]|^(?!.*://).*[*?]")
 
 
 def _warnings(command: Command) -> Iterator[str]:
@@ -4504,9 +4590,9 @@ def _warnings(command: Command) -> Iterator[str]:
         yield f"no such directory: {command.cwd!r}"
     if command.program and not _find_program(command):
         yield f"program not found, or not executable: {command.program!r}"
-    for word in command.line.split():
-        if not (command.is_shell or callable(command.command)) and _FOR_SHELL.search(word):
-            yield f"{word!r} means nothing without a shell: a leading ! asks for one"
+    for word in () if command.is_shell or callable(command.command) else _QUOTED.sub("''", command.line).split():
+        if _FOR_SHELL.search(word):
+            yield f"{word!r} is passed on as it is: a leading ! asks for a shell"
     for match in _BRACE.finditer(command.line) if command.is_shell else ():
         if match["name"] and command.line.count("'", 0, match.start()) % 2:
             yield f"{match[0]} stands in single quotes, where a shell does not expand it: use double quotes"

@@ -121,6 +121,25 @@ class Memory(ServerCase):
                 self.assertEqual(program.fetch("/x").body, b"x\n")
 
 
+class Strangers(ServerCase):
+    @unittest.skipUnless(IS_ROOT and shutil.which("setpriv"), "needs root, and setpriv")
+    def test_a_run_says_that_a_part_of_it_could_not_be_signalled(self) -> None:
+        other = "setpriv --reuid=61234 --clear-groups sh -c 'echo $$; exec sleep 300'"
+        prefix = ["setpriv", "--bounding-set=-kill", "--inh-caps=-kill"]  # root that may not signal other users
+        arguments = ["-p", "0", "-q", "--timeout", "0.3", "--grace", "0.3", f"group=!{other} & wait", f"alone={other}"]
+        with Program(*arguments, prefix=prefix) as program:
+            for name in ("group", "alone"):
+                with self.subTest(name=name):
+                    started = time.monotonic()
+                    pid, said = program.fetch(f"/{name}").body.splitlines()
+                    os.kill(int(pid), signal.SIGKILL)
+                    self.assertLess(time.monotonic() - started, 5)
+                    why = rb"\[stopped: timeout after 0.3 s, but processes of another user may go on, \d\.\d s\]"
+                    self.assertRegex(said, why)
+                    kind = b'streamlog_runs_total{command="%s",outcome="timeout"} 1' % name.encode()
+                    self.assertIn(kind, program.fetch("/-/metrics").body)
+
+
 class Numbers(ServerCase):
     def test_any_time_to_stall_is_one(self) -> None:
         for seconds in (0.001, 2e6, 9e8):

@@ -242,10 +242,27 @@ class SseFormat(unittest.TestCase):
 
 
 class Page(html.parser.HTMLParser):
-    """Reads a page as strictly as the standard library can: every tag closed, in order; nothing but our own tags."""
+    """Reads a page as strictly as the standard library can: every tag closed, in order; nothing but our own tags. Lines
+    are those that are seen: an <i> hides the one before it."""
 
     VOID = ("meta", "link")
-    KNOWN = ("html", "head", "title", "style", "body", "header", "main", "h1", "p", "div", "span", "samp", "time")
+    KNOWN = (
+        "html",
+        "head",
+        "title",
+        "style",
+        "body",
+        "header",
+        "main",
+        "h1",
+        "p",
+        "div",
+        "samp",
+        "span",
+        "time",
+        "i",
+        "b",
+    )
 
     def __init__(self, text: bytes) -> None:
         super().__init__()
@@ -253,15 +270,18 @@ class Page(html.parser.HTMLParser):
         self.lines: list[str] = []
         self.classes: list[str] = []
         self.styles: list[str] = []
+        self.cells: list[list[tuple[str, str]]] = []  # of each line, characters with their styles
+        self.hidden = 0
         self.in_main = False
         self.blocks = 0
         self.feed(text.decode())
         self.close()
         assert not self.open, self.open
-        shown = [(line, class_) for line, class_ in zip(self.lines, self.classes) if class_ != "r z"]
-        assert all(line.endswith("\n") for line, _ in shown)
-        self.lines = [line[:-1] for line, _ in shown]
-        self.classes = [class_ for _, class_ in shown]
+        assert all(line.endswith("\n") for line in self.lines)
+        self.lines = [line[:-1] for line in self.lines]
+        for cells in self.cells:
+            while cells and cells[-1] == (" ", ""):
+                cells.pop()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, Optional[str]]]) -> None:
         assert tag in self.KNOWN or tag in self.VOID, tag
@@ -273,9 +293,19 @@ class Page(html.parser.HTMLParser):
         if tag == "samp":
             assert self.open[-2:] == ["div", "samp"], self.open
             self.lines.append("")
+            self.cells.append([])
             self.classes.append(dict(attrs).get("class") or "")
+        if tag == "i":
+            assert self.open[-2:] == ["div", "i"], self.open
+            assert self.lines.pop().endswith("\n")
+            self.cells.pop()
+            self.hidden += 1
+            assert self.classes.pop() in ("", "e")
         if self.in_main and tag == "div":
             self.blocks += 1
+        if tag == "b":  # at the beginning of a block, within what content-visibility contains
+            assert self.open[-2:] == ["div", "b"], self.open
+            assert attrs == [("style", f"counter-reset:line {len([one for one in self.classes if one != 'n'])}")]
         if tag == "span":
             self.styles.append(dict(attrs).get("style") or "")
 
@@ -286,6 +316,9 @@ class Page(html.parser.HTMLParser):
         if "samp" in self.open:
             assert not self.lines[-1].endswith("\n")
             self.lines[-1] += data
+            style = self.styles[-1] if "span" in self.open else ""
+            for one in data.rstrip("\n"):
+                self.cells[-1] += [(" ", style)] * (8 - len(self.cells[-1]) % 8) if one == "\t" else [(one, style)]
         elif self.in_main:
             assert not data.strip(), data
 
@@ -314,7 +347,7 @@ class HtmlFormat(unittest.TestCase):
             with self.subTest(fed=fed):
                 page = self.page(*fed)
                 self.assertEqual(page.lines[:-1], lines)
-                self.assertNotIn("r", page.classes)
+                self.assertEqual(page.hidden, 0)
 
     def test_colours_and_attributes_become_styles(self) -> None:
         for sequence, style in (
@@ -325,7 +358,7 @@ class HtmlFormat(unittest.TestCase):
             ("38;5;9", "color:var(--c9)"),
             ("38;5;208", "color:light-dark(#b45f00, #ff8700)"),
             ("48;5;255", "color:#000;background:#eeeeee"),
-            ("38;2;1;2;300", "color:light-dark(#0102ff, #7272ff)"),
+            ("38;2;1;2;300", "color:light-dark(#0102ff, #8383ff)"),
             ("38;2;120;120;120;48;2;250;250;250", "color:#787878;background:#fafafa"),
             ("1", "font-weight:bold"),
             ("2", "opacity:.7"),
@@ -375,15 +408,17 @@ class HtmlFormat(unittest.TestCase):
 
     def test_other_sequences_and_control_characters_are_dropped(self) -> None:
         for junk in (
-            "\x1b[2J\x1b[1;1H",
             "\x1b[?25l",
+            "\x1b[?1049h",
+            "\x1b[?2K",
             "\x1b]0;title\x07",
             "\x1b]8;;javascript:alert(1)\x1b\\",
             "\x1bP+q\x1b\\",
             "\x1b(B",
             "\x1b=",
             "\x9bK",
-            "\0\x07\x08\x7f\x85",
+            "\0\x07\x0e\x7f\x86",
+            "\x1b7",
             "\x1b[0;31q",
         ):
             with self.subTest(junk=junk):
@@ -424,19 +459,80 @@ class HtmlFormat(unittest.TestCase):
             self.assertIn("<samp>text\n</samp>", written)
             self.assertNotIn("<a ", written)
 
-    def test_control_characters_in_front_of_a_carriage_return_do_not_hide_it(self) -> None:
-        for data in (b"10%\a\r20%\n", b"10%\0\x01\r20%\n", b"10%\b\x1b\x1b[m\r20%\n"):
-            page = self.page(("stdout", data))
-            self.assertEqual((page.lines[:2], page.classes[:2]), (["10%", "20%"], ["", "r"]), data)
+    def test_a_line_is_as_a_terminal_would_leave_it(self) -> None:
+        for data, line in (
+            ("10%\r20%\r\x1b[K30%\r\n", "30%"),
+            ("10%\0\x01\r20%\n", "20%"),
+            ("abc\rx\n", "xbc"),
+            ("abc\r\n", "abc"),
+            ("abc\b\bx\n", "axc"),
+            ("\b\b|\b/\b-\n", "-"),
+            ("12%\b\b\b\b\b99\n", "99%"),
+            ("spin \x1b[1Gdone\n", "done"),
+            ("spin\x1b[2K\x1b[Gok\n", "ok"),
+            ("spin\x1b[2Kok\n", "    ok"),
+            ("abc\x1b[3Gx\x1b[K\n", "abx"),
+            ("abc\x1b[2G\x1b[0K\n", "a"),
+            ("abc\x1b[2G\x1b[1K\n", "  c"),
+            ("abc\x1b[2G\x1b[J\n", "a"),
+            ("abcdef\r\x1b[2X\n", "  cdef"),
+            ("a\x1b[3Cb\x1b[2Dx\n", "a  xb"),
+            ("\x1b[5Cx\n", "     x"),
+            ("\x1b[999Cx\x1b[10Dy\n", f"{' ' * 70}y{' ' * 8}x"),
+            ("a\tb\rxy\n", "xy      b"),
+            ("\x9b3Gx\n", "  x"),
+            ("abcdefghij\r\tX\n", "abcdefghXj"),
+            ("あ\tx\rb\n", "b       x"[:1] + " " * 6 + "x"),
+            ("e\u0301 50%\rdone\n", "done%"[:4] + "%"),
+            ("x" * 600 + "\x1b[K\x1b[6nY\n", "x" * 600 + "Y"),
+            ("$ lss foo\b\b\b\b\b\x1b[1P foo\n", "$ ls foo"),
+            ("abc\r\x1b[@X\n", "Xabc"),
+            ("abcdef\r\x1b[2P\n", "cdef"),
+            ("a\x1b[5`b\x1b[2ac\n", "a   b  c"),
+            ("世界\b\bx\n", "世x"),
+            ("a 🌍\b\b🌎\b\b🌏\n", "a 🌏"),
+            ("[#    ]\r\x1b[2C#\x1b[3C]\n", "[##   ]"),
+            ("wiped\r     \r\n", ""),
+            ("a\n\x1b[31mred\b\x1b[mx\r\x1b[Cy\n", "a\nryx"),
+            ("one\r\x1b[K\ntwo\n", "\ntwo"),
+            ("x" * 1500 + "\ry\n", "x" * 1500 + "\ny"),
+            ("x" * 399 + "\ry\n", "y" + "x" * 398),
+            ("é" * 390 + "\r" + "y" * 1500 + "\n", "y" * 1500),
+            ("a\x1b[999999Gb\n", "a" + " " * 78 + "b"),
+        ):
+            with self.subTest(data=data):
+                for size in (len(data.encode()), 1, 2, 3):
+                    pieces = [data.encode()[at : at + size] for at in range(0, len(data.encode()), size)]
+                    page = self.page(*(("stdout", piece) for piece in pieces))
+                    self.assertEqual("\n".join(line.rstrip() for line in page.lines[:-1]), line, size)
 
-    def test_a_progress_bar_begins_its_line_anew(self) -> None:
-        page = self.page(("stdout", b"10%\r20%\r\x1b[K30%\r\nnext\rx\r\x1b[0m\n\rz\n"))
-        self.assertEqual(page.lines[:-1], ["10%", "20%", "30%", "next", "x", "z"])
-        self.assertEqual(page.classes[:-1], ["", "r", "r", "", "r", ""])
-        written = self.write(("stdout", b"".join(b"\r%d" % n for n in range(1000))))
+    def test_a_spinner_that_wipes_itself_is_gone(self) -> None:
+        for wipe in ("\x1b[2K\r", "\r\x1b[K", "\r      \r", "\x1b[1G\x1b[0J", "\x1b[1K", "\b" * 6 + " " * 6):
+            for pieces in (["- load", wipe], ["- load" + wipe]):
+                page = self.page(("stdout", b"a\n"), *(("stdout", piece.encode()) for piece in pieces))
+                self.assertEqual(page.lines[:-1], ["a"], wipe)
+                page = self.page(*(("stdout", piece.encode()) for piece in [*pieces, "\rdone", "\n"]))
+                self.assertEqual(page.lines[:-1], ["done"], wipe)
+
+    def test_what_moves_to_another_line_begins_a_new_one(self) -> None:
+        for move in ("A", "2A", "B", "E", "2F", "H", "3;4H", "2;1f", "5d", "2J", "S", "T", "L", "M", "u", "e", "1;5r"):
+            page = self.page(("stdout", f"one\ntwo\x1b[{move}three\n".encode()))
+            self.assertEqual((page.lines[:-1], page.hidden), (["one", "two", "three"], 0), move)
+        for move in ("\v", "\f", "\x1bM", "\x1bD", "\x1bE", "\x1b8", "\x1bc", "\x84", "\x85", "\x8d"):
+            page = self.page(("stdout", f"one\ntwo{move}three\n".encode()))
+            self.assertEqual((page.lines[:-1], page.hidden), (["one", "two", "three"], 0), move)
+        pull = "a: Waiting\r\nb: Waiting\r\n" + "".join(
+            f"\x1b[2A\x1b[2K\ra: {n}%\r\x1b[2B\x1b[1A\x1b[2K\rb: {n}%\r\x1b[1B" for n in (50, 100)
+        )
+        page = self.page(("stdout", pull.encode()))
+        self.assertEqual(page.lines[:-1], ["a: Waiting", "b: Waiting", "a: 50%", "b: 50%", "a: 100%", "b: 100%"])
+
+    def test_lines_that_are_written_anew_are_hidden_in_their_block(self) -> None:
+        fed = [("stdout", b"\r%d" % n) for n in range(1000)]
+        self.assertEqual(self.page(*fed).lines[:-1], ["999"])
+        written = self.write(*fed, ("stdout", b"\n" + b"x\n" * 300))
+        self.assertEqual(Page(written).lines[:-1], ["999", *["x"] * 300])
         blocks = re.split(b"</div><div[^>]*>", written.partition(b"<main")[2])
-        self.assertEqual(len(Page(written).lines) - 1, 1000)
-        self.assertTrue(all(block.endswith(b'<samp class="r z"></samp>') for block in blocks[:-1]))
         self.assertLessEqual(max(block.count(b"<samp") for block in blocks), 201)
 
     def test_lines_stand_in_blocks(self) -> None:
@@ -459,6 +555,16 @@ class HtmlFormat(unittest.TestCase):
             "\x1b[38;5;99m",
             "\x1b",
             "\x1b[",
+            "\b",
+            "\x1b[K",
+            "\x1b[1K",
+            "\x1b[2K",
+            "\x1b[2C",
+            "\x1b[3G",
+            "\x1b[A",
+            "\x1b[P",
+            "\x1b[2@",
+            "世",
         ]
         parts += [
             "x" * 30,
@@ -475,11 +581,11 @@ class HtmlFormat(unittest.TestCase):
                 for _ in range(6)
             ]
             fed.append(("stdout", b"\xff\xc3"))
-            whole = self.write(*fed)
-            Page(whole)
+            whole = self.page(*fed)
             for size in (1, 2, 3, 7):
                 pieces = [(stream, data[at : at + size]) for stream, data in fed for at in range(0, len(data), size)]
-                self.assertEqual(self.write(*pieces), whole)
+                page = self.page(*pieces)
+                self.assertEqual((page.cells, page.classes), (whole.cells, whole.classes))
         data = b"".join(b"%d\n" % n for n in range(600))
         self.assertEqual(
             self.write(*(("stdout", data[at : at + 1]) for at in range(len(data)))), self.write(("stdout", data))
@@ -506,7 +612,7 @@ class HtmlFormat(unittest.TestCase):
         data += format_.pause() + format_.feed("stdout", b"b") + format_.end(FAILED)
         page = Page(data)
         self.assertEqual(page.lines, ["a", "[still running, silent for 5.0 s]", "b", "[exit 3, 0.0 s]"])
-        self.assertEqual(page.classes, ["", "n", "", "n"])
+        self.assertEqual((page.classes, page.hidden), (["", "n", "", "n"], 0))
 
 
 class Negotiation(unittest.TestCase):
