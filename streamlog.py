@@ -347,9 +347,7 @@ class Server(http.server.ThreadingHTTPServer):
     def start(self) -> Server:
         """Serve in threads of its own, and return at once. The end of the program closes it too."""
         _close_at_exit(self)
-        thread = Thread(target=self.serve_forever, daemon=True, name="streamlog")
-        thread.start()
-        self._thread = thread
+        self._thread = _start_thread("streamlog", self.serve_forever)
         return self
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -549,6 +547,13 @@ def _make_tls_context(settings: Settings) -> ssl.SSLContext | None:
 def _descriptor_limit(limit: int) -> int:
     """A limit of RLIMIT_NOFILE as a number to reckon with."""
     return _DESCRIPTORS_MAX if limit == resource.RLIM_INFINITY else min(limit, _DESCRIPTORS_MAX)
+
+
+def _start_thread(name: str, function: _Function, *arguments: object) -> Thread:
+    """Call a function in a thread of its own, which the end of the program does not wait for. Raises RuntimeError."""
+    thread = Thread(target=function, args=arguments, daemon=True, name=name)
+    thread.start()
+    return thread
 
 
 _CUT_SECONDS = 0.5  # for the rest of an answer to reach the client while the server closes
@@ -840,12 +845,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             run.bell.ring()
 
         self._is_body_coming = True
-        feeder = Thread(target=feed, daemon=True, name="streamlog-input")
         try:
-            feeder.start()
+            self._feeder = _start_thread("streamlog-input", feed)
         except RuntimeError as error:
             raise _Gone(str(error)) from None
-        self._feeder = feeder
 
     def _send_live(self, request: Request, reply: Reply, run: Run) -> None:
         """Send output as it comes. While a body is coming, the head waits for the first output: a proxy takes an
@@ -2321,12 +2324,10 @@ class _Runs:
                 self._kept[entry.id] = entry
             undo.callback(self._kept.pop, entry.id, None)
             undo.callback(self.start(entry, make).close)
-            thread = Thread(target=self._record, args=(entry,), daemon=True, name=f"streamlog-kept {entry.name}")
             try:
-                thread.start()
+                entry.thread = _start_thread(f"streamlog-kept {entry.name}", self._record, entry)
             except RuntimeError as error:
                 raise _shortage(error) from None
-            entry.thread = thread
             undo.pop_all()
 
     def share(self, entry: _Entry, make: _Maker) -> _Entry:
@@ -3021,7 +3022,7 @@ class Task(Run):
         run = contextvars.copy_context().run
         name = getattr(call.function, "__qualname__", "")  # without values, for all see the names of threads
         try:
-            Thread(target=run, args=(self._perform, call, release), daemon=True, name=f"streamlog-task {name}").start()
+            _start_thread(f"streamlog-task {name}", run, self._perform, call, release)
         except RuntimeError:
             self._writer.close()
             self._drop_outputs()
@@ -3899,7 +3900,7 @@ class _ProgramLog(logging.Handler):
                 line = f"{_timestamp(record.created)} ".encode() + line
                 self.transcript.write(f"{record.levelno} {record.name}", line)
                 if self.transcript.waiting and not self._is_gathering:
-                    Thread(target=self._gather, daemon=True, name="streamlog-log").start()
+                    _start_thread("streamlog-log", self._gather)
                     self._is_gathering = True
 
     def _gather(self) -> None:
@@ -4424,7 +4425,7 @@ class _Application:
         stream, sent_bytes = Stream(run, reply.format), 0
         try:
             if isinstance(run, Process) and run.takes_input:
-                Thread(target=run.feed, args=(pieces,), daemon=True, name="streamlog-input").start()
+                _start_thread("streamlog-input", run.feed, pieces)
             yield b""  # the application comes to here by itself, so that `finally` is sure to run
             yield b""  # most servers send the head at this
             for piece in stream:
@@ -4674,7 +4675,7 @@ def _serve(server: Server, commands: _Commands, options: _Flags) -> None:
             last.enter_context(server).serve_forever()
 
     try:
-        Thread(target=run, daemon=True, name="streamlog").start()
+        _start_thread("streamlog", run)
         _announce(server, commands, options.quiet)
         _notify("READY=1")
         while not ended.is_set():
