@@ -1984,10 +1984,9 @@ class Command:
 
         `stderr` is where standard error goes unless the command itself says so, `stdin` what standard input is.
         """
-        bound: dict[str, Any] = {}
-        for key, default in self.defaults.items():
-            bound[key] = values.get(key, default)
-            if bound[key] is None:
+        bound: Any = {**self.defaults, **values}
+        for key, value in bound.items():
+            if value is None:
                 raise Error(f"parameter {key!r} of {name!r} is required: give it as {key}=...")
         argv = list(map(partial(self._complete, f" of {name!r}", bound), self._arguments))
         uses = _MARK.findall("".join(self._arguments))
