@@ -1939,9 +1939,10 @@ class Command:
         self.program = "/bin/sh" if self.is_shell else "" if callable(given) else self._arguments[0]
         self.defaults = {one.name: one.default for one in self.parameters.values()}
         for one in self.parameters.values():
-            for value in [*one.choices, *([] if one.default is None else [one.default])]:
+            for value in [*one.choices, one.default]:
                 try:
-                    list(map(partial(self._complete, "", {one.name: value}), self._arguments))
+                    if value is not None:
+                        list(map(partial(self._complete, "", {one.name: value}), self._arguments))
                 except Error as error:
                     raise ConfigError(f"default or choice of {error}") from None
         hidden = "STREAMLOG_.*|LISTEN_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY"
