@@ -1346,7 +1346,7 @@ class Site:
         The request's body is read only when everything else has been found right.
         """
         self.access.check(request)
-        if request.method == "OPTIONS" and self.access.is_preflight(request):
+        if self.access.is_preflight(request):
             return Reply(204, {})
         answers = self._find(request.path)
         if not answers:
