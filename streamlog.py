@@ -2681,10 +2681,6 @@ class Run:
             if not owed:
                 self._close_output(descriptor)
 
-    def _end(self) -> None:
-        """End what its end has left, and then `_finish`."""
-        self._finish()
-
     def _abandon(self) -> None:
         """Give up on what no force ends: a process stuck in the kernel, or a task that does not look up."""
         self._look_for_exit()
@@ -2702,6 +2698,8 @@ class Run:
         self.is_gone = True
         self._agenda.clear()
         self._held.close()
+
+    _end = _finish  # after what its end has left has been ended, too
 
     def close(self) -> None:
         """Stop the run if it goes on, wait until all of it is gone, and free what it holds. May be called twice.
