@@ -1308,8 +1308,8 @@ class Site:
         self._can_keep = closing is not None
         self.access = Access(settings, reach)
         self.runs = _Runs(settings, closing)
-        self.count_clients: Callable[[], int] = self.runs.active.__len__  # the server puts its own here
-        self._pages: dict[str, _Answer] = {
+        self.count_clients = self.runs.active.__len__  # the server puts its own here
+        self._pages = {
             "/": self._index,
             "/-/metrics": lambda _: _text_reply(self.runs.metrics(self.count_clients()), 200, _METRICS_HEADERS),
             "/-/healthy": lambda _: _text_reply("ok"),
@@ -2041,7 +2041,7 @@ def _read_signature(task: _Function, parameters: dict[str, Parameter]) -> Iterat
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ConfigError(f"parameter {name!r} of a task must be one that is given by its name")
         annotation, default = hints.get(name, str), parameter.default
-        choices: dict[str, Any] = {}
+        choices = {}
         if typing.get_origin(annotation) is Literal:
             choices = {str(value): value for value in typing.get_args(annotation)}
         elif hasattr(annotation, "__members__"):  # an Enum
@@ -2470,7 +2470,7 @@ def _watchdog(run: Run, settings: Settings) -> Iterator[_Events]:
     """Have a shell end the run's process group if this program is killed, which ends the shell's input. Yields what to
     poll for the end of the shell."""
     with ExitStack() as stack:
-        watched: _Events = {}
+        watched = {}
         if isinstance(run, Process):
             argv = ["/bin/sh", "-c", _WATCHDOG, f"{run.pid}", f"{settings.grace_seconds}"]
             none, env = subprocess.DEVNULL, {"PATH": os.defpath}
@@ -2929,7 +2929,7 @@ def _spawn(launch: Launch, settings: Settings) -> tuple[subprocess.Popen[bytes],
     """Start a process in a session of its own, with pipes or on a terminal (pty(7)). Returns it, and our end of the
     terminal, to read and to write. Raises Error, 500 or 503."""
     argv, env, theirs = launch.argv, launch.env, subprocess.PIPE
-    terminal: list[io.FileIO] = []
+    terminal = []
     try:
         if launch.pty:
             if not shutil.which(argv[0], path=env.get("PATH")):
@@ -4544,7 +4544,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
 def _load_commands(options: _Flags, warn: Callable[[str], object]) -> dict[str, Command]:
     """The commands of the files and of the command line; without any, this machine's diagnostics."""
     given = itertools.chain(*map(_read_config, options.config), map(_parse_command_argument, options.commands))
-    commands: dict[str, Command] = {}
+    commands = {}
     for name, command in given if options.config or options.commands else _diagnostics():
         if name in commands:
             raise ConfigError(f"command {name!r} is given twice: give one of them another name (NAME=COMMAND LINE)")
