@@ -1681,7 +1681,7 @@ class _Entry:
         """Whether a viewer may still join the run. Standard input is served even when it has ended."""
         return self.command.is_source or not (self.run.reason or self.ended)
 
-    def view(self, offset: int, stop: float = math.inf) -> _Replay:
+    def view(self, offset: int, stop: float) -> _Replay:
         """A run that replays this one from an offset, and follows it to its end or to the offset `stop`."""
         run = _Replay(self.transcript, offset, self.leave, stop)  # before the viewer counts: it may fail
         self.enter()
@@ -2203,9 +2203,8 @@ _OVERTAKEN = "what was asked for is no longer kept"
 _ON_REQUEST = "on request"
 _BEYOND = ", but processes of another user may go on"
 
-_Release = Callable[[], object]
-_Wants = Callable[[str], bool]  # whether a viewer wants what a stream of a transcript has
-_Maker = Callable[[Settings, Optional[float], _Release], "Run"]
+_Action = Callable[[], object]
+_Maker = Callable[[Settings, Optional[float], _Action], "Run"]
 
 
 def _maker(launch: Launch | Call) -> _Maker:
@@ -2517,7 +2516,7 @@ class Run:
         self._settings = settings
         self._owner = os.getpid()
         self._lock = RLock()  # guards the process and its input against other threads
-        self._agenda: dict[Callable[[], object], float] = {}  # what is to be done, by monotonic()
+        self._agenda: dict[_Action, float] = {}  # what is to be done, by monotonic()
         self._owed: dict[int, float] = {}  # bytes that are still to be read of an output, after the drain time
         self._block = _BLOCK_MIN_BYTES
         self._is_killed = self._is_drained = False
@@ -2582,7 +2581,7 @@ class Run:
             del ready[descriptor]
         return ready
 
-    def later(self, seconds: float, action: Callable[[], object]) -> None:
+    def later(self, seconds: float, action: _Action) -> None:
         """Have the thread that owns the run do something, unless all of the run is gone by then."""
         if not self.is_gone:
             self._agenda[action] = monotonic() + seconds
@@ -2767,7 +2766,7 @@ class Process(Run):
     stranger may get it, and must not be signalled.
     """
 
-    def __init__(self, launch: Launch, settings: Settings, timeout: float | None, release: _Release) -> None:
+    def __init__(self, launch: Launch, settings: Settings, timeout: float | None, release: _Action) -> None:
         super().__init__(launch, settings, timeout)
         try:
             self._process, terminal = _spawn(launch, settings)
@@ -3010,7 +3009,7 @@ class Task(Run):
     task. A thread cannot be ended by force: a task that never looks up keeps its slot.
     """
 
-    def __init__(self, call: Call, settings: Settings, timeout: float | None, release: _Release) -> None:
+    def __init__(self, call: Call, settings: Settings, timeout: float | None, release: _Action) -> None:
         super().__init__(f"task {call}", settings, timeout)
         self._write_lock = Lock()  # guards the writer: threads that the task starts may log, too
         reader, writer = os.pipe()
@@ -3036,7 +3035,7 @@ class Task(Run):
                     raise BrokenPipeError("this run has ended")
                 view = view[self._writer.write(view) :]
 
-    def _perform(self, call: Call, release: _Release) -> None:
+    def _perform(self, call: Call, release: _Action) -> None:
         """Call the function, in its thread, which may outlast the run: it gives the slot back."""
         _task.set(self)
         code = 1
@@ -3778,9 +3777,9 @@ class _Replay(Run):
         self,
         transcript: Transcript,
         offset: int,
-        release: _Release,
-        stop: float = math.inf,
-        wants: _Wants | None = None,
+        release: _Action,
+        stop: float,
+        wants: Callable[[str], bool] | None = None,
     ) -> None:
         super().__init__("a replay", Settings(), None)
         self._held.callback(release)
@@ -3950,7 +3949,7 @@ def _follow_log(tail: int = 10, level: str = "", logger: str = "", follow: Liter
 
     *_, place = _loggers(logger)
 
-    def make(settings: Settings, timeout: float | None, release: _Release) -> Run:
+    def make(settings: Settings, timeout: float | None, release: _Action) -> Run:
         with ExitStack() as stack:
             stack.callback(release)
             transcript = stack.enter_context(_program_log.standing(place, _LOG_BYTES))
