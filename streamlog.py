@@ -426,7 +426,7 @@ class Server(http.server.ThreadingHTTPServer):
     def replace(self, commands: _Commands) -> None:
         """Serve these commands from now on, and read the certificate again. On a ConfigError nothing changes."""
         self.tls_context = _make_tls_context(self.settings)
-        self.site.replace(commands)
+        self.site.commands = commands  # runs go on, and counts stay
 
     def shutdown(self) -> None:
         """Begin to close: accept no more clients, stop every run. Returns at once; a signal handler may call it."""
@@ -1302,7 +1302,7 @@ class Site:
     ) -> None:
         if sum(command.is_source for command in commands.values()) > 1:
             raise ConfigError("standard input can be served only once: leave one NAME=-")
-        self._commands = commands
+        self.commands = commands
         self._settings = settings
         self._socket_path = socket_path
         self._can_keep = closing is not None
@@ -1327,13 +1327,9 @@ class Site:
 
     def open_source(self) -> None:
         """Begin to read standard input, if that is one of the commands. Raises Error."""
-        for name, command in self._commands.items():
+        for name, command in self.commands.items():
             if command.is_source:
                 self.runs.share(_Entry(name, command, {}), _maker(command.bind(name, {}))).leave()
-
-    def replace(self, commands: _Commands) -> None:
-        """Serve these commands from now on. Runs go on, and counts stay."""
-        self._commands = commands
 
     def close(self) -> None:
         """Drop what is kept of runs and of the log."""
@@ -1369,7 +1365,7 @@ class Site:
     def _find(self, path: str) -> dict[str, _Answer]:
         """What answers at a path, by method. A command comes before a page or a command of our own."""
         name = path[1:]
-        command = self._commands.get(name)
+        command = self.commands.get(name)
         commands = dict.fromkeys(command.methods, command) if command else self._own.get(name)
         if commands:
             return dict.fromkeys(commands, partial(self._run, name, commands))
@@ -1397,7 +1393,7 @@ class Site:
         spool = self._open_spool(given)
         stderr = "merge" if options.format == "text" and not keeping else "separate"
         launch = command.bind(name, values, stderr, "pipe" if takes_input else "none")
-        is_own = name not in self._commands
+        is_own = name not in self.commands
         is_reconnect = options.format == "sse" and "last-event-id" in request.headers
         if is_reconnect and not (is_own or self.runs.find_shared(entry)):
             return Reply(204, headers)  # an EventSource whose run has ended must not start another
@@ -1420,7 +1416,7 @@ class Site:
 
     def _find_keeping(self, entry: _Entry, request: Request, given: _Texts, takes_input: bool) -> str:
         """How the run is kept: "async", "shared", or not at all. Raises Error if it cannot be kept as asked."""
-        can_keep = self._can_keep and entry.name in self._commands and not takes_input
+        can_keep = self._can_keep and entry.name in self.commands and not takes_input
         prefers_async = can_keep and "respond-async" in _split_list(request.headers.get("prefer", ""))
         is_async, waits = _is_on(given, "async", "1" if prefers_async else "0"), _is_on(given, "wait")
         if (is_async or waits) and not can_keep:
@@ -1513,14 +1509,14 @@ class Site:
     def _listed(self) -> dict[str, Command]:
         """The commands of the index, by name; one of our own that has parameters by POST is listed so."""
         own = {name: commands.get("POST") or commands["GET"] for name, commands in self._own.items()}
-        return {**self._commands, **own, **self._commands}  # a command hides one of our own, which come last
+        return {**self.commands, **own, **self.commands}  # a command hides one of our own, which come last
 
     def _index(self, request: Request) -> Reply:
         """The commands: as a page, as JSON, or as lines for a shell."""
         url, commands = self._url(request), self._listed()
         lines = {name: self.curl_line(url, name, command) for name, command in commands.items()}
         if "text/html" in request.accepted:
-            return _index_page(commands, lines, self._commands if self._can_keep else ())
+            return _index_page(commands, lines, self.commands if self._can_keep else ())
         if "application/json" in request.accepted:
             return _json_reply({"commands": [_describe_json(url, *item) for item in commands.items()]})
         abouts = {name: (command.about or command.line).splitlines() for name, command in commands.items()}
