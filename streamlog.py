@@ -2259,7 +2259,7 @@ class _Runs:
         self.max_runs, self._kept_max = settings.max_runs, settings.kept_runs
         self.active: set[_Entry] = set()  # with a slot each
         self._settings = settings
-        self._closing = closing
+        self._closing: Any = closing  # None only where no run is kept
         self._sharing = Lock()  # held while a shared run is found or started, so that each is started once
         self._lock = RLock()  # guards the rest
         self._kept: dict[str, _Entry] = {}  # by id, the oldest first
@@ -2366,7 +2366,7 @@ class _Runs:
 
     def _copy(self, run: Run, transcript: Transcript, dog: _Events) -> None:
         """Write output into a transcript, until its end or that of the watchdog."""
-        ending = {self._closing.descriptor: POLLIN} if self._closing else {}
+        ending = {self._closing.descriptor: POLLIN}
         while not run.is_over:
             for descriptor in run.wait({**ending, **dog}):
                 if descriptor in dog:
