@@ -1407,8 +1407,8 @@ class Site:
             make = result
         if keeping:
             return self._keep(keeping, entry, make, request, given)
-        run, format_ = self.runs.start(entry, make), _FORMATS[options.format][0](options)
-        return Reply(200, headers, run=run, format=format_, name=name, spool=spool)
+        run = self.runs.start(entry, make)
+        return Reply(200, headers, run=run, format=_FORMATS[options.format][0](options), name=name, spool=spool)
 
     def _open_spool(self, given: _Texts) -> Transcript | None:
         """Where the output of a run is held whose end is waited for. Raises Error."""
@@ -1487,8 +1487,9 @@ class Site:
         if request.method == "HEAD":
             return Reply(200, headers, length=length)
         spool, run = self._open_spool(given), entry.view(start, math.inf if follows else end)
-        is_exact = wanted or length is not None
-        format_ = None if is_exact else _FORMATS[options.format][0](options._replace(offset=start), run.clock)
+        format_ = None  # the bytes as they are, if their offsets or their number are told
+        if not wanted and length is None:
+            format_ = _FORMATS[options.format][0](options._replace(offset=start), run.clock)
         return Reply(206 if wanted else 200, headers, run=run, format=format_, length=length, spool=spool)
 
     def _list_runs(self, request: Request) -> Reply:
