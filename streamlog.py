@@ -2343,7 +2343,7 @@ class _Runs:
 
     def find_shared(self, entry: _Entry) -> list[_Entry]:
         """The shared run that goes on with the same command and values, if there is one."""
-        return [one for one in list(self._kept.values()) if one.key == (entry.name, entry.values) and one.goes_on]
+        return [one for one in self._entries() if one.key == (entry.name, entry.values) and one.goes_on]
 
     def _record(self, entry: _Entry) -> None:
         """Write the output of a kept run into its transcript, until its end or the server's, and note how it ended."""
@@ -2395,7 +2395,11 @@ class _Runs:
     def kept(self) -> list[_Entry]:
         """The kept runs, the newest first."""
         self._drop_ended()
-        return [entry for entry in list(self._kept.values())[::-1] if hasattr(entry, "run")]
+        return [entry for entry in self._entries()[::-1] if hasattr(entry, "run")]
+
+    def _entries(self) -> list[_Entry]:
+        """All that are kept, or about to be, the oldest first."""
+        return list(self._kept.values())
 
     def _drop_ended(self, wanted_bytes: int = 0) -> int:
         """Drop ended runs that are too old, too many, or in the way of a new transcript, the oldest first; but not
@@ -2419,7 +2423,7 @@ class _Runs:
 
     def _ended(self) -> list[_Entry]:
         """The ended runs that may be dropped, the first to end first."""
-        ended = [entry for entry in list(self._kept.values()) if entry.ended and not entry.command.is_source]
+        ended = [entry for entry in self._entries() if entry.ended and not entry.command.is_source]
         return sorted(ended, key=lambda entry: entry.ended)
 
     def metrics(self, client_count: int) -> str:
@@ -2428,7 +2432,7 @@ class _Runs:
             counts = self._counts.copy()
             for entry in list(self.active):
                 counts[f'runs_active{{command="{entry.name}"}}'] += 1
-        counts["clients"], counts["viewers"] = client_count, sum(entry.viewers for entry in list(self._kept.values()))
+        counts["clients"], counts["viewers"] = client_count, sum(entry.viewers for entry in self._entries())
         lines = []
         for line in _METRICS.split("\n"):
             name, type_, about = line.split(" ", 2)
@@ -2444,7 +2448,7 @@ class _Runs:
 
     def join(self, deadline: float) -> bool:
         """Wait for the kept runs to end; False if some have not by the deadline."""
-        threads = [entry.thread for entry in list(self._kept.values()) if entry.thread]
+        threads = [entry.thread for entry in self._entries() if entry.thread]
         for thread in threads:
             thread.join(max(0.0, deadline - monotonic()))
         return not any(thread.is_alive() for thread in threads)
