@@ -1566,8 +1566,9 @@ def _sort_fields(
 
 def _find_range(request: Request) -> str:
     """The range that is asked for. Our answers have no validator, so no If-Range is met (RFC 9110 section 13.1.5)."""
-    is_wanted = request.method != "HEAD" and "if-range" not in request.headers
-    return request.headers.get("range", "") if is_wanted else ""
+    if request.method == "HEAD" or "if-range" in request.headers:
+        return ""
+    return request.headers.get("range", "")
 
 
 def _is_on(given: _Texts, switch: str, default: str = "0") -> bool:
@@ -2742,9 +2743,8 @@ class _Bell:
 
     def __init__(self) -> None:
         self._lock = RLock()  # re-entrant, because a signal handler may ring
-        reader, writer = os.pipe()
-        self._reader, self._writer = _own(reader), _own(writer, "wb")
-        self.descriptor, self.writing_descriptor = reader, writer
+        self.descriptor, self.writing_descriptor = os.pipe()
+        self._reader, self._writer = _own(self.descriptor), _own(self.writing_descriptor, "wb")
 
     def ring(self) -> None:
         with self._lock:
@@ -4464,9 +4464,9 @@ def _read_wsgi_body(environ: Mapping[str, Any], request: Request) -> Iterator[by
     left = math.inf if request.is_chunked else request.body_bytes
     while left:
         piece = environ["wsgi.input"].read(min(left, _BLOCK_MIN_BYTES))
-        if not piece and request.is_chunked:
-            return
         if not piece:
+            if request.is_chunked:
+                return
             raise Error("the body is shorter than it says")
         left -= len(piece)
         yield piece
