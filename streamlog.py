@@ -1376,13 +1376,12 @@ class Site:
     def _run(self, name: str, commands: _Commands, request: Request) -> Reply:
         """Run a command, by the method of the request, and answer with its output."""
         command = commands["GET" if request.method == "HEAD" else request.method]
-        fields = request.fields
-        values, given = _sort_fields(name, command.parameters, fields, _RUN_OPTIONS)
+        sort = partial(_sort_fields, name, command.parameters, known=_RUN_OPTIONS)
+        values, given = sort(request.fields)
         takes_input = command.is_source or (command.stdin and request.has_body)
         if request.has_body and not command.stdin:
             self.runs.check_slot(name, command)
-            fields = fields + _parse_form(request)
-            values, given = _sort_fields(name, command.parameters, fields, _RUN_OPTIONS)
+            values, given = sort(request.fields + _parse_form(request))
         elif takes_input and request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Error("the body is passed to the command as it is: send it as curl -T or --data-binary does", 415)
         entry = _Entry(name, command, values)
@@ -1556,10 +1555,11 @@ def _sort_fields(
         target = values if key in parameters else options
         if key in target:
             raise Error(f"parameter {key[:200]!r} of {name!r} is given twice")
-        if target is options and key not in known:
-            raise Error(f"{name!r} has no parameter {key[:200]!r}; known are: {', '.join([*parameters, *known])}")
-        if target is options and not re.fullmatch(known[key][0], value):
-            raise Error(f"parameter {key!r} must be {known[key][1]}: {value[:200]!r}")
+        if target is options:
+            if key not in known:
+                raise Error(f"{name!r} has no parameter {key[:200]!r}; known are: {', '.join([*parameters, *known])}")
+            if not re.fullmatch(known[key][0], value):
+                raise Error(f"parameter {key!r} must be {known[key][1]}: {value[:200]!r}")
         target[key] = value
     return values, options
 
