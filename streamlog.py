@@ -1863,7 +1863,7 @@ def _read_switch(text: str) -> Any:
 
 
 _SWITCH_RULE = _Rule(_read_switch, (True, False).__contains__, "yes or no")
-_OPTIONS: Mapping[str, _Rule] = {  # of a command
+_OPTIONS = {  # of a command
     "command": _TEXT,
     "about": _TEXT,
     "method": _Rule(str.upper, ("GET", "POST").__contains__, "GET or POST"),
@@ -3638,7 +3638,7 @@ def _readable(colour: str) -> str:
     return f"light-dark(#{on_light}, #{on_dark})"
 
 
-_FORMATS: Mapping[str, tuple[type[Format], str]] = {
+_FORMATS = {
     "text": (Text, _PLAIN_TEXT),
     "html": (Html, "text/html; charset=utf-8"),
     "sse": (Sse, "text/event-stream"),
