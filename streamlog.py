@@ -1291,9 +1291,6 @@ def _json_reply(value: object, status: int = 200, headers: _Texts = MappingProxy
     return _text_reply(json.dumps(value, indent=1) + "\n", status, {"Content-Type": "application/json", **headers})
 
 
-_Answer = Callable[["Request"], Reply]
-
-
 class Site:
     """The commands behind their URLs. Without a `closing` bell, as under WSGI, no run outlives its client."""
 
@@ -1362,7 +1359,7 @@ class Site:
             raise Error(f"a {request.method} request takes no body: put parameters into the URL's query")
         return answers[request.method](request)
 
-    def _find(self, path: str) -> dict[str, _Answer]:
+    def _find(self, path: str) -> dict[str, Callable[[Request], Reply]]:
         """What answers at a path, by method. A command comes before a page or a command of our own."""
         name = path[1:]
         command = self.commands.get(name)
@@ -1760,8 +1757,8 @@ class Parameter(NamedTuple):
     name: str
     type: str
     pattern: re.Pattern[str]
-    default: str | None = None
-    choices: Sequence[str] = ()
+    default: str | None
+    choices: Sequence[str]
 
     def find_problem(self, value: str, starts_argument: bool = True, may_be_option: bool = False) -> str:
         """What is wrong with a value where it is to stand, or an empty string."""
@@ -1837,9 +1834,9 @@ class Launch(NamedTuple):
     env: _Texts
     cwd: str | None
     stderr: str
-    stdin: str = "none"  # or "pipe", which on a terminal is the terminal, or "own", this program's
-    pty: _Pty = False
-    terminal: tuple[int, int] | None = None  # its columns and lines; None: as the server has it
+    stdin: str  # "none", "pipe", which on a terminal is the terminal, or "own", this program's
+    pty: _Pty
+    terminal: tuple[int, int] | None  # its columns and lines; None: as the server has it
 
     def __str__(self) -> str:
         return shlex.join(self.argv)
@@ -1978,7 +1975,7 @@ class Command:
             raise ConfigError("the program itself cannot be a parameter")
         return marked
 
-    def bind(self, name: str, values: _Texts, stderr: str = "merge", stdin: str = "none") -> Union[Launch, Call]:
+    def bind(self, name: str, values: _Texts, stderr: str = "merge", stdin: str = "none") -> Launch | Call:
         """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text.
 
         `stderr` is where standard error goes unless the command itself says so, `stdin` what standard input is.
