@@ -80,7 +80,6 @@ if os.name != "posix" or sys.version_info < (3, 9):  # checked first: an import 
 
 import atexit
 import base64
-import bisect
 import codecs
 import collections
 import contextvars
@@ -121,7 +120,7 @@ import traceback
 import typing
 import unicodedata
 import urllib.parse
-import weakref
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -129,12 +128,14 @@ from dataclasses import dataclass
 from functools import cache, partial
 from http import HTTPStatus
 from logging import Logger, LogRecord
+from math import inf
 from mmap import ACCESS_COPY, mmap
 from select import POLLIN, POLLOUT
 from threading import Condition, Lock, RLock, Thread
 from time import monotonic
 from types import MappingProxyType
 from typing import IO, Any, Callable, Literal, NamedTuple, NoReturn, Optional, Union
+from weakref import WeakSet
 
 __version__ = "0.1.0"
 __all__ = ["Command", "ConfigError", "Error", "Server", "Settings", "Stream"]
@@ -306,7 +307,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.site.count_clients = self._clients.__len__
         self.idle: OrderedDict[_Connection, bool] = OrderedDict()  # the longest idle first
         self._thread: Thread | None = None
-        self._warned_at = -math.inf
+        self._warned_at = -inf
         # Half of the descriptors are for clients, or the runs could shut all others out.
         self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
         self.site.runs.limit(self._client_max)
@@ -353,7 +354,7 @@ class Server(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown. The main thread looks up at intervals: a signal that comes right before it waits would
         else be acted on only after the next event."""
-        interval = poll_interval if threading.current_thread() is threading.main_thread() else math.inf
+        interval = poll_interval if threading.current_thread() is threading.main_thread() else inf
         if self._owner != os.getpid():  # one of several processes that share a listener ends by itself
             self._owner, self.closing = os.getpid(), _Bell()
             self.site.runs._closing = self.closing
@@ -563,7 +564,7 @@ _HANG_UP = getattr(select, "POLLRDHUP", 0)
 _TLS_EVENTS: Any = {ssl.SSLWantReadError: POLLIN, ssl.SSLWantWriteError: POLLOUT}
 
 
-def _poll(watched: _Events, deadline: float = math.inf) -> _Events:
+def _poll(watched: _Events, deadline: float = inf) -> _Events:
     """Wait until a descriptor is ready or monotonic() passes the deadline. Maps descriptors to events (poll(2))."""
     poller = select.poll()
     for descriptor, events in watched.items():
@@ -588,11 +589,11 @@ class _Connection(io.RawIOBase):
     """
 
     run: Run | None = None  # whose output is being written
-    deadline = math.inf  # for reading and writing
+    deadline = inf  # for reading and writing
     is_chunked = False  # whether what is written goes out in chunks
     body_bytes = 0  # that were written since the head
     _has_unread = False  # known only where poll does not report a hang-up
-    _cut_at = math.inf  # when an answer that is still being sent is cut, because the server closes
+    _cut_at = inf  # when an answer that is still being sent is cut, because the server closes
     is_used = False  # whether it has sent an answer
 
     def __init__(self, sock: socket.socket, server: Server) -> None:
@@ -647,7 +648,7 @@ class _Connection(io.RawIOBase):
         """Do a step as soon as the socket can be read (POLLIN) or written (POLLOUT). Raises _Late at the deadline, and
         _Gone because of an OSError. What a run has written is sent by its owner, who looks after it meanwhile."""
         run = self.run if events == POLLOUT else None
-        stall = monotonic() + ((run and self._server.settings.stall_seconds) or math.inf)
+        stall = monotonic() + ((run and self._server.settings.stall_seconds) or inf)
         attempts = 0
         while True:
             try:
@@ -662,13 +663,13 @@ class _Connection(io.RawIOBase):
                 stall = monotonic() + self._server.settings.head_seconds
             deadline = min(self.deadline, self._cut_at, stall)
             if monotonic() >= deadline:
-                raise _Late(_CLIENT_STALLED if self._cut_at == math.inf else _SHUTTING_DOWN)
+                raise _Late(_CLIENT_STALLED if self._cut_at == inf else _SHUTTING_DOWN)
             self.react(run.wait(watched, deadline, is_paused=True) if run else _poll(watched, deadline))
 
     def watched(self, events: int = 0) -> _Events:
         """What to poll beside anything else that is waited for."""
         events |= _HANG_UP or (0 if self._has_unread else POLLIN)
-        closing = {self._server.closing.descriptor: POLLIN} if self._cut_at == math.inf else {}
+        closing = {self._server.closing.descriptor: POLLIN} if self._cut_at == inf else {}
         return {self.sock.fileno(): events, **closing}
 
     def react(self, ready: _Events) -> None:
@@ -796,7 +797,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if not self.server.is_closing:
                 raise Error(f"the request's {part} must arrive within {seconds:g} s", 408) from None
         finally:
-            client.deadline = math.inf
+            client.deadline = inf
             if not idle.pop(client, False):
                 raise _Gone(_CLIENT_GONE)
         if part and self.server.is_closing:
@@ -1482,7 +1483,7 @@ class Site:
             headers["Accept-Ranges"] = "bytes"
         if request.method == "HEAD":
             return Reply(200, headers, length=length)
-        spool, run = self._open_spool(given), entry.view(start, math.inf if follows else end)
+        spool, run = self._open_spool(given), entry.view(start, inf if follows else end)
         format_ = None  # the bytes as they are, if their offsets or their number are told
         if not wanted and length is None:
             format_ = _FORMATS[options.format][0](options._replace(offset=start), run.clock)
@@ -1639,7 +1640,7 @@ class _Entry:
         self.key: object = None  # what a request must have in common with the run to share it
         self.started_at = time.time()
         self.ended = 0.0  # monotonic() of the end of a kept run
-        self.linger_seconds = math.inf  # how long the run goes on after its last viewer has left
+        self.linger_seconds = inf  # how long the run goes on after its last viewer has left
         self.viewers = 0
         self._lock = Lock()  # guards the viewers
 
@@ -1864,7 +1865,7 @@ _OPTIONS = {  # of a command
     "command": _TEXT,
     "about": _TEXT,
     "method": _Rule(str.upper, ("GET", "POST").__contains__, "GET or POST"),
-    "timeout": _Rule(float, lambda seconds: 0 <= seconds < math.inf, "a number of seconds, or 0 for no limit"),
+    "timeout": _Rule(float, lambda seconds: 0 <= seconds < inf, "a number of seconds, or 0 for no limit"),
     "max": _COUNT_1,
     "stderr": _Rule(str, ("merge", "separate", "discard").__contains__, "merge, separate or discard"),
     "stdin": _SWITCH_RULE,
@@ -2520,7 +2521,7 @@ class Run:
         self._block = _BLOCK_MIN_BYTES
         self._is_killed = self._is_drained = False
         self._timeout = timeout
-        self.later(timeout or math.inf, self._time_out)
+        self.later(timeout or inf, self._time_out)
 
     def __str__(self) -> str:
         return str(self.line)
@@ -2559,7 +2560,7 @@ class Run:
             yield format_.pause() if monotonic() >= format_.due else b""
         yield format_.end(self.outcome)
 
-    def wait(self, others: _Events, deadline: float = math.inf, is_paused: bool = False) -> _Events:
+    def wait(self, others: _Events, deadline: float = inf, is_paused: bool = False) -> _Events:
         """Wait for output, for the end, for a moment when something is due, or for any other descriptor.
 
         Returns the descriptors that are ready. A paused run is not watched for output: its pipe fills up, and then the
@@ -2589,7 +2590,7 @@ class Run:
         """Do what is due, in its order: what has ended by itself is not given up."""
         now = monotonic()
         for action in sorted(self._agenda, key=self._agenda.__getitem__):
-            if self._agenda.get(action, math.inf) <= now:
+            if self._agenda.get(action, inf) <= now:
                 del self._agenda[action]
                 action()
         if self._is_drained and self.reason:  # its answer is cut anyway
@@ -2604,7 +2605,7 @@ class Run:
         if descriptor not in self.outputs:  # it was closed meanwhile
             return b""
         self.stream, _ = self.outputs[descriptor]
-        owed = self._owed.setdefault(descriptor, math.inf)
+        owed = self._owed.setdefault(descriptor, inf)
         try:
             data = self._take(descriptor, int(min(self._block, owed, limit)))
         except BlockingIOError:
@@ -2613,7 +2614,7 @@ class Run:
             if error.errno != errno.EIO:  # a terminal that nobody has open any more (pty(7))
                 raise
             data = b""
-        whole, room = len(data), (self._settings.max_output_bytes or math.inf) - self.output_bytes
+        whole, room = len(data), (self._settings.max_output_bytes or inf) - self.output_bytes
         if whole > room:  # said before the output may close, and the run be over
             self.stop(f"output limit of {self._settings.max_output_bytes} bytes")
             data = data[: int(room)]
@@ -2632,7 +2633,7 @@ class Run:
         """Up to so many bytes of an output. Raises BlockingIOError if there is nothing yet."""
         return os.read(descriptor, size)
 
-    def stop(self, reason: str, grace: float = math.inf) -> None:
+    def stop(self, reason: str, grace: float = inf) -> None:
         """Ask it to end, and kill it after the grace time. The first reason is the one that counts."""
         if self._owner != os.getpid():  # a fork's copy: the run is its parent's
             return
@@ -2641,7 +2642,7 @@ class Run:
                 self.reason = self.reason or reason
             if not (self.is_gone or self._is_killed):
                 moment = monotonic() + min(grace, self._settings.grace_seconds)
-                self._agenda[self._kill] = min(moment, self._agenda.get(self._kill, math.inf))
+                self._agenda[self._kill] = min(moment, self._agenda.get(self._kill, inf))
                 if not self.is_stopping:
                     self.is_stopping = True
                     self._signal(signal.SIGTERM)
@@ -2724,7 +2725,7 @@ class Run:
         file.close()
 
 
-_files: weakref.WeakSet[Any] = weakref.WeakSet()  # pipes and the like; a forked process closes its copies
+_files: WeakSet[Any] = WeakSet()  # pipes and the like; a forked process closes its copies
 
 
 def _own(descriptor: int, mode: str = "rb") -> io.FileIO:
@@ -2973,7 +2974,7 @@ def _spawn(launch: Launch, settings: Settings) -> tuple[subprocess.Popen[bytes],
 # process 1 reaps it, which takes seconds in some containers, or never happens.
 _HAS_PROC = os.path.exists("/proc/self")
 _look_lock = Lock()
-_seen: tuple[float, set[tuple[int, int]]] = (-math.inf, set())  # the moment of the last look, and what it found
+_seen: tuple[float, set[tuple[int, int]]] = (-inf, set())  # the moment of the last look, and what it found
 
 
 def _look(since: float) -> set[tuple[int, int]]:
@@ -3051,7 +3052,7 @@ class Task(Run):
             self._writer.close()
         _task.set(None)
         release()
-        self.later(-math.inf, partial(self._note_exit, code))  # before all else that is due
+        self.later(-inf, partial(self._note_exit, code))  # before all else that is due
         self.bell.ring()
 
     def _write_result(self, result: object) -> None:
@@ -3099,7 +3100,7 @@ class Options(NamedTuple):
     notes: str = "cut"
     timestamps: bool = False
     hostname: str = ""  # to put before each line
-    heartbeat_seconds: float = math.inf
+    heartbeat_seconds: float = inf
     offset: int = 0  # in the output, of the first byte that is fed
     title: str = ""
     is_report: bool = False  # whether a page opens at its beginning
@@ -3202,14 +3203,14 @@ class Ndjson(Format):
 
     block_bytes = _BLOCK_MIN_BYTES
     can_skip = True
-    comment_seconds = math.inf
+    comment_seconds = inf
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._held: dict[str, tuple[bytes, float]] = {}  # by stream, a part of a line, and the moment it goes out
         self._offset = self.options.offset
         heartbeat = self.options.heartbeat_seconds
-        self._quiet_seconds = heartbeat if heartbeat < math.inf else self.comment_seconds
+        self._quiet_seconds = heartbeat if heartbeat < inf else self.comment_seconds
         self._quiet_due = self.due = self._last_output + self._quiet_seconds
 
     def feed(self, stream: str, data: bytes) -> bytes:
@@ -3240,7 +3241,7 @@ class Ndjson(Format):
     def end(self, outcome: Outcome) -> bytes:
         return (self._flush() + (self._write_end(outcome) if outcome.is_final else "")).encode()
 
-    def _flush(self, now: float = math.inf) -> str:
+    def _flush(self, now: float = inf) -> str:
         """Write the parts of lines that are to go out by now."""
         late = [stream for stream, (_, moment) in self._held.items() if moment <= now]
         return "".join(self._write_lines(stream, self._held.pop(stream)[0], True) for stream in late)
@@ -3295,7 +3296,7 @@ class Sse(Ndjson):
     def _write_silence(self, seconds: float) -> str:
         return (
             f"event: heartbeat\ndata: {seconds:.1f}\n\n"
-            if self.options.heartbeat_seconds < math.inf
+            if self.options.heartbeat_seconds < inf
             else ": still running\n\n"
         )
 
@@ -3668,7 +3669,7 @@ class Transcript:
         self._time_seconds = 0.1  # between two times
         self._is_failing = False  # which is logged once
         self.drop_another: Callable[[], bool] = lambda: False  # to make room on a full disk; False if there is none
-        self.waiting: weakref.WeakSet[_Bell] = weakref.WeakSet()  # of readers that have read all there is
+        self.waiting: WeakSet[_Bell] = WeakSet()  # of readers that have read all there is
 
     def __del__(self) -> None:
         self._file.close()
@@ -3709,12 +3710,12 @@ class Transcript:
 
     def _forget(self, start: int) -> None:
         self.start = max(self.start, start)
-        del self._changes[: bisect.bisect_right(self._changes, (self.start, "~")) - 1]
+        del self._changes[: bisect_right(self._changes, (self.start, "~")) - 1]
 
     def wake(self) -> None:
         """Ring for the readers that wait."""
         with self._lock:
-            waiting, self.waiting = self.waiting, weakref.WeakSet()
+            waiting, self.waiting = self.waiting, WeakSet()
         for bell in waiting:
             bell.ring()
 
@@ -3723,9 +3724,7 @@ class Transcript:
         self.outcome = outcome
         self.wake()
 
-    def read(
-        self, offset: int, limit: int, stop: float = math.inf, bell: _Bell | None = None
-    ) -> tuple[int, str, bytes]:
+    def read(self, offset: int, limit: int, stop: float = inf, bell: _Bell | None = None) -> tuple[int, str, bytes]:
         """Output of one stream from an offset on, before `stop`: the offset of its first byte, which is later if that
         is no longer kept, the stream, and the bytes; none at the end. With a bell, raises BlockingIOError if nothing
         has come yet, not even the end; then the bell rings once something does."""
@@ -3735,15 +3734,15 @@ class Transcript:
                 self.waiting.add(bell)
                 raise BlockingIOError
             at = max(offset, self.start)
-            index = bisect.bisect_right(self._changes, (at, "~"))
-            changed = self._changes[index][0] if index < len(self._changes) else math.inf
+            index = bisect_right(self._changes, (at, "~"))
+            changed = self._changes[index][0] if index < len(self._changes) else inf
             end, stream = int(min(changed, self.end, at + limit, stop)), self._changes[index - 1][1]
             return at, stream, self._get(at, max(0, end - at))
 
     def find_time(self, offset: int) -> float:
         """When the byte at an offset was written (time.time())."""
         with self._lock:
-            return self._changes[bisect.bisect_right(self._changes, (offset, "~")) - 1][2]
+            return self._changes[bisect_right(self._changes, (offset, "~")) - 1][2]
 
     def _get(self, offset: int, count: int) -> bytes:
         self._file.seek(offset % self.size)
@@ -3958,7 +3957,7 @@ def _follow_log(tail: int = 10, level: str = "", logger: str = "", follow: Liter
                 if wants(stream):
                     starts.extend(at + match.start() for match in re.finditer(rb"(?m)^[0-9]{4}-[0-9-]{5}T", data))
                 at += len(data)
-            offset, stop = min(starts, default=end), math.inf if follow else end
+            offset, stop = min(starts, default=end), inf if follow else end
             return _Replay(transcript, offset, stack.pop_all().close, stop, wants)
 
     return make
@@ -4206,7 +4205,7 @@ _STOP = ' <form action="runs/ID" method="post"><button aria-label="Stop WHAT">St
 _Given = Union[str, Sequence[str], _Function, Command]
 _AHEAD_BYTES = 1 << 20  # of output that is kept while a program writes input
 
-_open: weakref.WeakSet[Any] = weakref.WeakSet()  # servers, streams and applications of this program
+_open: WeakSet[Any] = WeakSet()  # servers, streams and applications of this program
 
 
 def _close_at_exit(owner: Any) -> None:
@@ -4458,7 +4457,7 @@ def _read_environ(environ: Mapping[str, Any]) -> Request:
 
 def _read_wsgi_body(environ: Mapping[str, Any], request: Request) -> Iterator[bytes]:
     """The body of a request, in pieces. Raises Error if it is not as long as it says."""
-    left = math.inf if request.is_chunked else request.body_bytes
+    left = inf if request.is_chunked else request.body_bytes
     while left:
         piece = environ["wsgi.input"].read(min(left, _BLOCK_MIN_BYTES))
         if not piece:
