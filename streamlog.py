@@ -39,14 +39,15 @@ what a client sees:
   and curl -sN -T . URL is a live session: what you type is its input, its output comes back.
   ?format=html is a page, sse are events, ndjson is an object a line (or by Accept). In text and
   html ?timestamps=1 puts the time before each line, ?hostname=1 this machine's name (in ndjson
-  too), and ?heartbeat=SEC reports after that long a silence that the run goes on. ?footer=1
-  adds a last line with exit code and duration, as a browser gets; ?footer=0 omits it. In a
-  browser, / has a form for each command.
+  too). ?heartbeat=SEC reports after that long a silence that the run goes on. ?footer=1 adds a
+  last line with exit code and duration, as a browser gets; ?footer=0 omits it. In a browser, /
+  has a form for each command.
 
 runs that outlive a connection:
   ?async=1 starts a run and answers with its address, /-/runs/ID: GET replays and follows it
   (?tail=N lines, ?follow=0, Range), in JSON its state; DELETE stops it; /-/runs lists them.
-  ?wait answers when the run has ended: with its exit code in a header, and 500 if it failed.
+  ?wait answers when the run has ended: with its exit code in a header, 500 if it failed, and
+  507 if its output is more than is kept.
 
 for developers:
   The file reads from top to bottom as a request travels; a callee stands below its caller.
@@ -4575,7 +4576,7 @@ def _find_program(command: Command) -> str | None:
 
 # What a shell would act on: operators, a home, a variable or a command in its place, a pattern of file names that is no
 # URL. Quoted text and placeholders are not looked at.
-_QUOTED = re.compile(r"'[^']*'|\"(?:\\.|[^\"\\])*\"|\\.|\{[^{}]*\}")
+_QUOTED = re.compile(r"'[^']*'|\"(?:\\.|[^\"\\])*\"|\\.|(?<!\$)\{[^{}]*\}")
 _FOR_SHELL = re.compile(r"^[|&<>]+$|^[0-9]?>.|&&|\|\||[;`]|^~|\$[({A-Za-z_]|^(?!.*://).*[*?]")
 
 
@@ -4587,7 +4588,7 @@ def _warnings(command: Command) -> Iterator[str]:
         yield f"program not found, or not executable: {command.program!r}"
     for word in () if command.is_shell or callable(command.command) else _QUOTED.sub("''", command.line).split():
         if _FOR_SHELL.search(word):
-            yield f"{word!r} is passed on as it is: a leading ! asks for a shell"
+            yield f"{word!r} means nothing without a shell: a leading ! asks for one"
     for match in _BRACE.finditer(command.line) if command.is_shell else ():
         if match["name"] and command.line.count("'", 0, match.start()) % 2:
             yield f"{match[0]} stands in single quotes, where a shell does not expand it: use double quotes"

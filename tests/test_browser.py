@@ -187,8 +187,29 @@ class LivePage(BrowserCase):
             line = int(self.browser.run("parseInt(document.elementFromPoint(600, 400).textContent)"))
             self.assertLess(abs(line / 300_000 - (1 - part)), 0.02)
         self.assertEqual(self.browser.run("long"), 0)
+        self.browser.run(f"[{main}.scrollTo(0, 0)]")
+        self.see(
+            "document.querySelector('main > div > div:last-child > samp:last-child').getBoundingClientRect().top > 0",
+            "the end is seen again",
+        )
+        self.assertEqual(self.number("main > div > div:last-child > samp:nth-last-child(2)"), "300000")
         self.browser.run(f"[{main}.scrollTo(0, -1e9)]")
         self.see("document.querySelector('samp').getBoundingClientRect().top > 0", "the first line can be seen")
+
+    def number(self, selector: str) -> str:
+        """The number before a line, as Chromium tells it to a screen reader."""
+        found = {"expression": f"document.querySelector({json.dumps(selector)})"}
+        line = self.browser.devtools("Runtime.evaluate", found)["result"]["objectId"]
+        tree = self.browser.devtools("Accessibility.queryAXTree", {"objectId": line, "role": "StaticText"})
+        return str(tree["nodes"][0]["name"]["value"])
+
+    def test_lines_that_are_shown_are_numbered(self) -> None:
+        script = "!seq 1 40; i=0; while [ $i -lt 6000 ]; do i=$((i+1)); printf '\\r%d%%' $i; done; echo; echo end"
+        server = self.serve({"x": script})
+        self.browser.open(f"{server.url}/x?format=html")
+        self.see("/exit 0/.test(document.body.innerText)", "the end")
+        self.assertEqual(self.browser.run(LINES)[-4:-1], ["40", "6000%", "end"])
+        self.assertEqual(self.number("main > div > div:last-child > samp:nth-last-child(2)"), "42")
 
     def test_a_page_shows_what_a_terminal_would(self) -> None:
         for output, shown in (
@@ -534,6 +555,12 @@ class Clients(ServerCase):
                         client.read_until(b"partial")
                         moments.append(time.monotonic())
                     self.assertLess(max(b - a for a, b in zip(moments, moments[1:])), 0.6)
+
+    def test_a_character_that_comes_in_two_parts_is_one_event_s(self) -> None:
+        server = self.serve({"x": r"!printf 'a\346\274'; sleep 0.5; printf '\242 ok\n'"})
+        events = self.fetch(server, "/x?format=sse").body.decode()
+        found = re.findall("(partial|data): (.*)", events)
+        self.assertEqual(found, [("partial", "true"), ("data", "a"), ("data", "漢 ok"), ("data", "0")])
 
     def test_heartbeats_come_in_every_format(self) -> None:
         server = self.serve({"x": "sleep 300"})

@@ -35,6 +35,37 @@ def call(*arguments: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+# What a shell would act on, and what it would not, or only looks so.
+SHELL = (
+    "*.log",
+    "a?",
+    "~",
+    "~/x",
+    "~root/x",
+    "$HOME",
+    "${HOME}",
+    "$(date)",
+    "a;",
+    "hi;ls",
+    "a&&b",
+    ";",
+    "`date`",
+    "[ab]*",
+)
+NO_SHELL = (
+    r"find . -exec ls -l {} \;",
+    "awk '{print $NF}' f",
+    "awk '{ x = $1 * 2; print x }' f",
+    "sed -e 's/a/b/; s/c/d/' f",
+    'grep -E "foo .* $bar" f',
+    r"expr 2 \* 3",
+    "sh -c 'echo hi; ls'",
+    "curl http://e.test/?a=1&b=*",
+    "echo {x:[ab]*}",
+    "echo a-b=c,d:e@f%g+h",
+)
+
+
 class Mistakes(unittest.TestCase):
     def test_a_mistake_is_one_line_and_exit_code_2_before_anything_listens(self) -> None:
         with tempfile.TemporaryDirectory() as folder, socket.socket() as busy:
@@ -85,6 +116,8 @@ class Mistakes(unittest.TestCase):
             ("ls | wc", "'|' means nothing without a shell: a leading ! asks for one"),
             ("ls 2>/dev/null", "'2>/dev/null' means nothing without a shell: a leading ! asks for one"),
             ("ls && df", "'&&' means nothing without a shell: a leading ! asks for one"),
+            *((f"echo {word}", f"{word!r} means nothing without a shell: a leading ! asks for one") for word in SHELL),
+            *((line, "") for line in NO_SHELL),
             ("!ls | wc", ""),
             ("echo {x:a|b}", ""),
         ):
