@@ -3462,7 +3462,7 @@ class Html(Format):
                 kind = "" if one.isascii() else unicodedata.category(one)
                 if one == "\t":
                     at += 8 - at % 8
-                elif kind in ("Mn", "Me", "Cf") and at:  # it joins the character before it
+                elif kind in ("Mn", "Me", "Cf") and 0 < at <= len(cells):  # it joins the character before it
                     cells[at - 1] = cells[at - 1][0] + one, span
                 else:
                     cells.extend([_BLANK] * (at - len(cells)))

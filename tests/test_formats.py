@@ -485,6 +485,7 @@ class HtmlFormat(unittest.TestCase):
             ("あ\tx\rb\n", "b       x"[:1] + " " * 6 + "x"),
             ("e\u0301 50%\rdone\n", "done%"[:4] + "%"),
             ("x" * 600 + "\x1b[K\x1b[6nY\n", "x" * 600 + "Y"),
+            ("\x1b[5C\u0301x\n", "     \u0301x"),
             ("$ lss foo\b\b\b\b\b\x1b[1P foo\n", "$ ls foo"),
             ("abc\r\x1b[@X\n", "Xabc"),
             ("abcdef\r\x1b[2P\n", "cdef"),
