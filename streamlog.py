@@ -914,8 +914,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return
         client.deadline = monotonic() + _LINGER_SECONDS
+        is_coming = self._feeder and self._feeder.is_alive()  # then a close_notify would spoil the reading of the rest
         with suppress(OSError, ValueError):
-            if isinstance(client.sock, ssl.SSLSocket):
+            if isinstance(client.sock, ssl.SSLSocket) and not is_coming:
                 client.sock.unwrap()
         with suppress(OSError):
             client.sock.shutdown(socket.SHUT_WR)
