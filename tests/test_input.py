@@ -21,6 +21,7 @@ from streamlog import Command, ConfigError
 from .support import (
     CERTIFICATE,
     SOAK,
+    Program,
     Raw,
     ServerCase,
     is_alive,
@@ -315,6 +316,17 @@ class Curl(InputCase):
             self.assertEqual(untar.communicate(timeout=20), (b"data\n", b""))
             tar.wait()
             self.assertEqual((self.folder / "to" / "data").read_bytes(), data)
+
+    def test_uploads_over_tls_that_nobody_reads_end_well(self) -> None:
+        (self.folder / "data").write_bytes(bytes(3_000_000))
+        (self.folder / "config").write_text("[x]\ncommand = true\nstdin = yes\n")
+        with Program("-p", "0", "-q", "--tls-cert", CERTIFICATE, "-c", str(self.folder / "config")) as program:
+            for _ in range(SOAK // 5):
+                url = f"https://localhost:{program.port}/x"
+                ways = [self.curl("--cacert", CERTIFICATE, "-T", f"{self.folder}/data", url) for _ in range(3)]
+                for way in ways:
+                    self.assertEqual((way.communicate(timeout=20), way.returncode), ((b"", b""), 0))
+            self.assertIsNone(program.process.poll())
 
     def test_a_gibibyte_goes_through_cat_and_the_server_stays_flat(self) -> None:
         size = 1 << 30 if SOAK >= 1000 else 1 << 26
