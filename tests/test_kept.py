@@ -344,10 +344,10 @@ class Kept(KeptCase):
         for line in self.fetch(server, f"{path}?timestamps=1").body.decode().splitlines():
             stamp, moment = line.split()
             written = datetime.datetime.fromisoformat(stamp).timestamp()
-            self.assertAlmostEqual(written, float(moment), delta=0.15)
+            self.assertAlmostEqual(written, float(moment), delta=0.3)  # 0.1, and a busy machine
         for found in map(json.loads, self.fetch(server, f"{path}?format=ndjson").body.splitlines()[:-1]):
             written = datetime.datetime.fromisoformat(found["time"]).timestamp()
-            self.assertAlmostEqual(written, float(found["line"]), delta=0.15)
+            self.assertAlmostEqual(written, float(found["line"]), delta=0.3)
 
     def test_a_run_is_stopped_and_says_so(self) -> None:
         server = self.serve({"x": "!echo $$; exec sleep 300"})
