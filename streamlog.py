@@ -621,6 +621,8 @@ class _Connection(io.RawIOBase):
 
     def readinto(self, room: Any) -> int:
         """Read what has come, at least a byte; 0 at the end."""
+        if monotonic() >= self.deadline:  # though there is always something to read
+            raise _Late(_CLIENT_STALLED)
         size = self.attempt(partial(self.sock.recv_into, room), POLLIN)
         self._has_unread = False
         return int(size)
@@ -908,27 +910,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Let the client read the answer: closing while it still sends would reset what it has not read."""
-        client = self.wfile
-        if self._is_to_be_reset:  # HTTP/1.0 takes any other end for that of the body
-            with suppress(OSError):
-                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            return
-        client.deadline = monotonic() + _LINGER_SECONDS
-        is_coming = self._feeder and self._feeder.is_alive()  # then a close_notify would spoil the reading of the rest
+        client, feeder, seconds = self.wfile, self._feeder, 0.0 if self._is_to_be_reset else _LINGER_SECONDS
+        client.deadline = monotonic() + seconds
+        is_tls = isinstance(client.sock, ssl.SSLSocket)
         with suppress(OSError, ValueError):
-            if isinstance(client.sock, ssl.SSLSocket) and not is_coming:
-                client.sock.unwrap()
+            if self._is_to_be_reset:  # HTTP/1.0 takes any other end for that of the body
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            elif is_tls and not (feeder and feeder.is_alive()):  # to whose reading a close_notify would do harm
+                client.sock.unwrap()  # type: ignore[attr-defined]
         with suppress(OSError):
-            client.sock.shutdown(socket.SHUT_WR)
-        if self._feeder:
-            self._feeder.join(_LINGER_SECONDS)
+            if not self._is_to_be_reset:
+                client.sock.shutdown(socket.SHUT_WR)
+        if feeder:
+            feeder.join(seconds)
             with suppress(OSError):
-                client.sock.shutdown(socket.SHUT_RDWR)
-            self._feeder.join()
+                client.sock.shutdown(socket.SHUT_RD)
+            feeder.join()  # or it might read from another client, whose connection has got the number of this one
         elif self.server.is_closing:
             return
         with suppress(_Gone):
-            while monotonic() < client.deadline and client.readinto(bytearray(_BLOCK_MIN_BYTES)):
+            while client.readinto(bytearray(_BLOCK_MIN_BYTES)):
                 pass
 
 
@@ -2698,7 +2699,8 @@ class Run:
     def _finish(self) -> None:
         self.is_gone = True
         self._agenda.clear()
-        self._held.close()
+        with self._lock:
+            self._held.close()
 
     _end = _finish  # after what its end has left has been ended, too
 
@@ -2805,7 +2807,7 @@ class Process(Run):
     def __str__(self) -> str:
         return f"process group {self.pid}"
 
-    def write(self, data: bytes, pause: Callable[[_Events], object] = _poll) -> None:
+    def write(self, data: bytes, pause: Callable[[_Events, float], object] = _poll) -> None:
         """Give the command input, as it takes it. Raises BrokenPipeError if it takes no more."""
         view = memoryview(data)
         while view:
@@ -2813,13 +2815,15 @@ class Process(Run):
             if stdin is None or self.exit_code is not None:
                 raise BrokenPipeError("the command takes no input")
             try:
-                view = view[stdin.write(view) or 0 :]
-                descriptor = stdin.fileno()
+                with self._lock:  # or it could be closed under our hands, and its number be that of another file
+                    view = view[stdin.write(view) or 0 :]
+                    descriptor = stdin.fileno()
             except (OSError, ValueError) as error:  # EPIPE, EIO of a terminal, or closed meanwhile
                 raise BrokenPipeError("the command takes no more input") from error
             self._is_in_line = data[-1:] != b"\n"
             if view:
-                pause({descriptor: POLLOUT, self.bell.descriptor: 0})  # closing the bell wakes us up
+                # The end of the run closes the bell, which wakes us up; or it is closed already, and a number reused.
+                pause({descriptor: POLLOUT, self.bell.descriptor: 0}, monotonic() + 1)
 
     def end_input(self) -> None:
         """Tell it that no more comes: on a terminal by VEOF, within a line twice (termios(3))."""
@@ -2830,7 +2834,8 @@ class Process(Run):
             self.bell.ring()
             self._stdin = None
         if self._stdin:
-            self._stdin.close()
+            with self._lock:
+                self._stdin.close()
 
     def _repeat_end(self) -> None:
         """Repeat Ctrl-D while the program reads keys raw: switching to raw mode has discarded the one that was sent."""
@@ -4334,13 +4339,13 @@ class Stream(Iterator[bytes]):
             raise BrokenPipeError("the command takes no input")
         self._run.write(data, self._read_ahead)
 
-    def _read_ahead(self, watched: _Events) -> None:
+    def _read_ahead(self, watched: _Events, deadline: float) -> None:
         """Wait until the command takes input, and keep its output meanwhile unless another thread reads that."""
         if len(self._ahead) >= _AHEAD_BYTES or not self._reading.acquire(blocking=False):
-            _poll(watched)
+            _poll(watched, deadline)
             return
         try:
-            for descriptor in self._run.wait(watched).keys() & self._run.outputs.keys():
+            for descriptor in self._run.wait(watched, deadline).keys() & self._run.outputs.keys():
                 self._ahead += self._run.read(descriptor)
         finally:
             self._reading.release()

@@ -8,10 +8,13 @@ import dataclasses
 import enum
 import functools
 import inspect
+import io
+import itertools
 import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -537,7 +540,38 @@ class TaskRecords(EmbeddingCase):
         self.assertTrue(done.stdout.startswith("b'WARNING root: from a task\\n'"), done.stdout)
 
 
+class SlowFile(io.FileIO):
+    """Is held up between the look at its number and the system call, as any thread may be."""
+
+    def write(self, data: Any) -> int:
+        number = self.fileno()
+        time.sleep(0.3)
+        return os.write(number, data)
+
+
 class Streams(EmbeddingCase):
+    def test_input_never_reaches_what_was_opened_meanwhile(self) -> None:
+        def spawn(*arguments: Any, real: Any = streamlog._spawn) -> Any:
+            process, terminal = real(*arguments)
+            with process.stdin as stdin:
+                process.stdin = SlowFile(os.dup(stdin.fileno()), "wb")
+            return process, terminal
+
+        for end in (streamlog.Stream.close, streamlog.Stream.close_stdin):
+            with self.subTest(end.__name__), mock.patch("streamlog._spawn", spawn), streamlog.stream("sleep 9") as run:
+                writer = threading.Thread(target=run.write, args=(b"secret",))
+                writer.start()
+                time.sleep(0.1)
+                end(run)
+                # One of these takes the number, as the connection of another client would.
+                pairs = [socket.socketpair() for _ in range(10)]
+                writer.join(10)
+                for one, other in [*pairs, *(pair[::-1] for pair in pairs)]:
+                    one.shutdown(socket.SHUT_WR)
+                    self.assertEqual(other.recv(100), b"")
+                for sock in itertools.chain(*pairs):
+                    sock.close()
+
     def test_a_writer_whose_input_another_thread_ends_is_told_so(self) -> None:
         for _ in range(20):
             with streamlog.stream("cat") as run:

@@ -168,6 +168,19 @@ class Bodies(InputCase):
             time.sleep(0.2)  # until the way is full
         wait_until(lambda: not is_alive(pid), "it is gone", 3)
 
+    def test_an_upload_that_never_ends_is_cut_with_its_run(self) -> None:
+        for version in ("1.0", "1.1"):
+            server = self.serve({"x": taking("!echo; cat > /dev/null", timeout=0.3)})
+            with self.subTest(version), self.connect(server) as client:
+                client.get("/x", "POST", [f"Content-Length: {1 << 40}"], version)
+                client.read_head()
+                started = time.monotonic()
+                with self.assertRaises(OSError):
+                    while time.monotonic() - started < 10:
+                        client.send(bytes(65536))
+                threads = [thread for thread in threading.enumerate() if thread.name == "streamlog-input"]
+                wait_until(lambda threads=threads: not any(map(threading.Thread.is_alive, threads)), "it is gone")  # type: ignore[misc]
+
     def test_where_poll_reports_no_hang_up_it_shows_when_there_is_output(self) -> None:
         with mock.patch.object(streamlog, "_HANG_UP", 0):
             server = self.serve({"x": taking("!echo $$; while sleep 0.2; do echo more; done")})
