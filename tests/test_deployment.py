@@ -218,6 +218,7 @@ class Uploads(ServerCase):
             (row,) = csv.DictReader(client.buffer.decode().strip("# \n").splitlines())
             return row["status"], row["check_status"].lstrip("* "), row["chkfail"]  # a * while the next check goes on
 
+        wait_until((self.folder / "stats").exists, "it can be asked")
         wait_until(lambda: health()[1] != "INI", "the server is checked")
         self.assertEqual(health(), ("UP", "L7OK", "0"))
         self.upload(f"http://127.0.0.1:{port}/sum", self.digest())
