@@ -491,26 +491,17 @@ def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[i
         if not address or "\0" in address:
             raise ConfigError(f"a unix socket needs a path, as in unix:/run/streamlog.sock: {settings.bind!r}")
     else:
-        found = socket.getaddrinfo(settings.bind, settings.port, type=socket.SOCK_STREAM)
-        family, *_, address = next(filter(_is_ours, found), found[0])
+        # What this machine can use comes first (RFC 6724): it may have no IPv6, or nothing else.
+        family, *_, address = socket.getaddrinfo(settings.bind, settings.port, type=socket.SOCK_STREAM)[0]
     if family == socket.AF_UNIX:
         return family, address, Reach.UNIX
-    if ipaddress.ip_address(address[0]).is_loopback:
-        return family, address[:2], Reach.LOOPBACK
-    if not settings.token and not settings.no_auth:
+    is_loopback = ipaddress.ip_address(address[0]).is_loopback
+    if not (is_loopback or settings.token or settings.no_auth):
         raise ConfigError(
             f"other machines can reach {address[0]} and could run every command: set a token (STREAMLOG_TOKEN or "
             "--token-file), bind (or ListenStream=) 127.0.0.1 and connect through ssh -L, or allow it by --no-auth"
         )
-    return family, address[:2], Reach.NETWORK
-
-
-def _is_ours(found: tuple[Any, ...]) -> bool:
-    """Whether this machine has an address: it may speak IPv6 alone."""
-    with suppress(OSError), socket.socket(found[0]) as probe:
-        probe.bind((found[4][0], 0))
-        return True
-    return False
+    return family, address, Reach.LOOPBACK if is_loopback else Reach.NETWORK
 
 
 def _clear_socket(path: str) -> None:
