@@ -895,7 +895,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 headers.append(("Trailer", "Exit-Code"))
         if self.close_connection and not self._is_body_coming:  # said too early, it breaks an upload through a proxy
             headers.append(("Connection", "close"))
-        status = f"HTTP/1.1 {reply.status} {self.responses[HTTPStatus(reply.status)][0]}"
+        status = f"HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}"
         client.send("\r\n".join([status, *map(": ".join, headers), "\r\n"]).encode("latin-1"))
         client.is_chunked, client.body_bytes, client.is_used = is_chunked, 0, True
 
@@ -1020,10 +1020,11 @@ def _read_line(file: io.BufferedIOBase, limit: int, too_long: str, status: int =
 def _parse_head(head: Sequence[str]) -> Request:
     """Make a request of the lines of a head. Raises Error: nothing that is unclear is guessed at."""
     match = _REQUEST_LINE.fullmatch(head[0])
-    if not match and not head[0].isascii():
-        raise Error("the URL must be percent-encoded, as curl -G --data-urlencode NAME=VALUE does")
     if not match:
-        raise Error("the request line must be METHOD, URL and HTTP/1.1, with one space between")
+        raise Error(
+            "the request line must be METHOD, URL and HTTP/1.1, with one space between, and the URL percent-encoded, "
+            "as curl -G --data-urlencode NAME=VALUE does"
+        )
     method, target, major, minor = match.groups()
     if major != "1":
         raise Error("this server speaks HTTP/1.1", 505)
@@ -1125,15 +1126,10 @@ def _read_chunk_size(file: io.BufferedIOBase) -> int:
 
 def _read_whole(pieces: Iterable[bytes], request: Request) -> bytes:
     """A body in full. Raises Error if it is too long for a form."""
-    body = b""
-    if request.body_bytes <= _FORM_BYTES:
-        for piece in pieces:
-            body += piece
-            if len(body) > _FORM_BYTES:
-                break
-        else:
-            return body
-    raise Error(f"the body may have {_FORM_BYTES} bytes at most", 413)
+    for body in itertools.accumulate(pieces, initial=b""):
+        if max(len(body), request.body_bytes) > _FORM_BYTES:
+            raise Error(f"the body may have {_FORM_BYTES} bytes at most", 413)
+    return body
 
 
 _UNREAD = Request("", "", "", "", {})
