@@ -986,10 +986,17 @@ class Request:
         self.is_last = self.is_http_1_0 or self.has_body or "close" in _split_list(get("connection", ""))
         self.wants_trailers = "trailers" in _split_list(get("te", ""))
         self.fields = _parse_query(self.query)
+        self.options: _Texts = {}  # the server's own among the fields, once the site has told them apart
+        # Our answers have no validator, so no If-Range is met (RFC 9110 section 13.1.5).
+        self.range = "" if self.method == "HEAD" or "if-range" in self.headers else get("range", "")
         # media types and ranges, with their weights (RFC 9110 section 12.5.1)
         accepted = map(_ACCEPTED.fullmatch, _split_list(re.sub("[ \t]", "", get("accept", ""))))
         self.accepted = {match[1]: float(match[2] or 1) for match in accepted if match}
         self.read_body: Callable[[], bytes] = lambda: b""  # the whole body; the server replaces it
+
+    def is_on(self, switch: str, default: str = "0") -> bool:
+        """Whether an option that is yes or no is on."""
+        return self.options.get(switch, default) != "0"
 
 
 def _read_head(file: io.BufferedIOBase) -> list[str]:
@@ -1317,7 +1324,9 @@ class Site:
         """Begin to read standard input, if that is one of the commands. Raises Error."""
         for name, command in self.commands.items():
             if command.is_source:
-                self.runs.share(_Entry(name, command, {}), _maker(command.bind(name, {}))).leave()
+                entry = _Entry(name, command, {})
+                entry.make = _maker(command.bind(name, {}))
+                self.runs.share(entry).leave()
 
     def close(self) -> None:
         """Drop what is kept of runs and of the log."""
@@ -1356,28 +1365,27 @@ class Site:
         command = self.commands.get(name)
         commands = dict.fromkeys(command.methods, command) if command else self._own.get(name)
         if commands:
-            return dict.fromkeys(commands, partial(self._run, name, commands))
+            return {method: partial(self._run, name, one) for method, one in commands.items()}
         if path.startswith("/-/runs/") and self._can_keep:
             return dict.fromkeys(("GET", "POST", "DELETE"), self._answer_kept)
         return {"GET": self._pages[path]} if path in self._pages else {}
 
-    def _run(self, name: str, commands: _Commands, request: Request) -> Reply:
-        """Run a command, by the method of the request, and answer with its output."""
-        command = commands["GET" if request.method == "HEAD" else request.method]
+    def _run(self, name: str, command: Command, request: Request) -> Reply:
+        """Run a command, and answer with its output."""
         sort = partial(_sort_fields, name, command.parameters, known=_RUN_OPTIONS)
-        values, given = sort(request.fields)
+        values, request.options = sort(request.fields)
         takes_input = command.is_source or (command.stdin and request.has_body)
         if request.has_body and not command.stdin:
             self.runs.check_slot(name, command)
-            values, given = sort(request.fields + _parse_form(request))
+            values, request.options = sort(request.fields + _parse_form(request))
         elif takes_input and request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Error("the body is passed to the command as it is: send it as curl -T or --data-binary does", 415)
         entry = _Entry(name, command, values)
-        options, headers = _read_options(entry, request, given, self._settings.terminal_size)
-        keeping = self._find_keeping(entry, request, given, takes_input)
-        if re.fullmatch("bytes=0*[1-9][0-9]*-", _find_range(request)):
+        options, headers = _read_options(entry, request, self._settings)
+        keeping = self._find_keeping(entry, request, takes_input)
+        if re.fullmatch("bytes=0*[1-9][0-9]*-", request.range):
             raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
-        spool = self._open_spool(given)
+        spool = self._open_spool(request)
         stderr = "merge" if options.format == "text" and not keeping else "separate"
         launch = command.bind(name, values, stderr, "pipe" if takes_input else "none")
         is_own = name not in self.commands
@@ -1386,74 +1394,74 @@ class Site:
             return Reply(204, headers)  # an EventSource whose run has ended must not start another
         if request.method == "HEAD":
             return Reply(200, headers)
-        make = _maker(launch)
+        entry.make = _maker(launch)
         if is_own and isinstance(launch, Call):  # it is called at once, and returns text or what makes a run
             result: Any = launch.function(**launch.arguments)
             if isinstance(result, str):
                 return _text_reply(result)
-            make = result
+            entry.make = result
         if keeping:
-            return self._keep(keeping, entry, make, request, given)
-        run = self.runs.start(entry, make)
+            return self._keep(keeping, entry, request)
+        run = self.runs.start(entry)
         return Reply(200, headers, run=run, format=_FORMATS[options.format][0](options), name=name, spool=spool)
 
-    def _open_spool(self, given: _Texts) -> Transcript | None:
+    def _open_spool(self, request: Request) -> Transcript | None:
         """Where the output of a run is held whose end is waited for. Raises Error."""
-        return _open_transcript(self._settings, self._settings.transcript_bytes) if _is_on(given, "wait") else None
+        return _open_transcript(self._settings, self._settings.transcript_bytes) if request.is_on("wait") else None
 
-    def _find_keeping(self, entry: _Entry, request: Request, given: _Texts, takes_input: bool) -> str:
+    def _find_keeping(self, entry: _Entry, request: Request, takes_input: bool) -> str:
         """How the run is kept: "async", "shared", or not at all. Raises Error if it cannot be kept as asked."""
         can_keep = self._can_keep and entry.name in self.commands and not takes_input
         prefers_async = can_keep and "respond-async" in _split_list(request.headers.get("prefer", ""))
-        is_async, waits = _is_on(given, "async", "1" if prefers_async else "0"), _is_on(given, "wait")
+        is_async, waits = request.is_on("async", "1" if prefers_async else "0"), request.is_on("wait")
         if (is_async or waits) and not can_keep:
             raise Error("parameters 'wait' and 'async' are not available here, or for a command with input")
         keeping = "async" if is_async else "shared" if self._can_keep and entry.command.shared and not waits else ""
-        if "tail" in given and keeping != "shared":
+        if "tail" in request.options and keeping != "shared":
             raise Error(f"parameter 'tail' is not available: {entry.name!r} is not shared")
         return keeping
 
-    def _keep(self, keeping: str, entry: _Entry, make: _Maker, request: Request, given: _Texts) -> Reply:
+    def _keep(self, keeping: str, entry: _Entry, request: Request) -> Reply:
         """Start a run that is kept, or join a shared one, and answer from its transcript."""
         if keeping == "async":
-            self.runs.keep(entry, make)
-            path = f"/-/runs/{entry.id}"
+            self.runs.keep(entry)
+            path, format_ = f"/-/runs/{entry.id}", request.options.get("format")
             if "text/html" in request.accepted:
-                return Reply(303, {"Location": f"{path}?format={given['format']}" if "format" in given else path})
+                return Reply(303, {"Location": f"{path}?format={format_}" if format_ else path})
             if "application/json" in request.accepted:
                 return _json_reply(entry.state, 202, {"Location": path})
             return _text_reply(f"{self._url(request)}{path}\n", 202, {"Location": path})
-        entry = self.runs.share(entry, make)
+        entry = self.runs.share(entry)
         try:
-            return self._replay(entry, request, given)
+            return self._replay(entry, request)
         finally:
             entry.leave()
 
     def _answer_kept(self, request: Request) -> Reply:
         """Show a kept run, or stop it."""
         entry = self.runs.find(request.path[len("/-/runs/") :])
-        _, given = _sort_fields("/-/runs", (), request.fields, _REPLAY_OPTIONS)
+        _, request.options = _sort_fields("/-/runs", (), request.fields, _REPLAY_OPTIONS)
         if request.method in ("DELETE", "POST"):
             entry.run.stop(_ON_REQUEST)
             if "text/html" in request.accepted:
                 return Reply(303, {"Location": "../runs"})
             return _json_reply(entry.state, 202)
-        if "application/json" in request.accepted and "format" not in given:
+        if "application/json" in request.accepted and "format" not in request.options:
             return _json_reply(entry.state)
-        return self._replay(entry, request, given)
+        return self._replay(entry, request)
 
-    def _replay(self, entry: _Entry, request: Request, given: _Texts) -> Reply:
+    def _replay(self, entry: _Entry, request: Request) -> Reply:
         """Answer with what a kept run has written, and goes on to write. A range, bytes=N-, is that of a run, as at the
         address of a shared command it would name another each time; others are ignored (RFC 9110 section 14.2)."""
         transcript, outcome, end = entry.transcript, entry.transcript.outcome, entry.transcript.end
-        options, headers = _read_options(entry, request, given, self._settings.terminal_size)
-        waits = _is_on(given, "wait")
-        follows = waits or _is_on(given, "follow", "1")
+        options, headers = _read_options(entry, request, self._settings)
+        waits = request.is_on("wait")
+        follows = waits or request.is_on("follow", "1")
         has_extras = options.timestamps or options.hostname or options.notes == "always"
         is_bare = options.format == "text" and not (waits or has_extras)
         can_range = is_bare and request.path.startswith("/-/runs/")
-        wanted = re.fullmatch(r"bytes=([0-9]{1,15})-", _find_range(request)) if can_range else None
-        start = int(wanted[1]) if wanted else _find_start(transcript, request, given)
+        wanted = re.fullmatch(r"bytes=([0-9]{1,15})-", request.range) if can_range else None
+        start = int(wanted[1]) if wanted else _find_start(transcript, request)
         # What has no end yet, or was cut, may go on behind the last byte.
         is_open = follows and (outcome is None or bool(outcome.reason))
         if wanted and not transcript.start <= start < end + is_open:
@@ -1473,7 +1481,7 @@ class Site:
             headers["Accept-Ranges"] = "bytes"
         if request.method == "HEAD":
             return Reply(200, headers, length=length)
-        spool, run = self._open_spool(given), entry.view(start, inf if follows else end)
+        spool, run = self._open_spool(request), entry.view(start, inf if follows else end)
         format_ = None  # the bytes as they are, if their offsets or their number are told
         if not wanted and length is None:
             format_ = _FORMATS[options.format][0](options._replace(offset=start), run.clock)
@@ -1552,17 +1560,6 @@ def _sort_fields(
     return values, options
 
 
-def _find_range(request: Request) -> str:
-    """The range that is asked for. Our answers have no validator, so no If-Range is met (RFC 9110 section 13.1.5)."""
-    if request.method == "HEAD" or "if-range" in request.headers:
-        return ""
-    return request.headers.get("range", "")
-
-
-def _is_on(given: _Texts, switch: str, default: str = "0") -> bool:
-    return given.get(switch, default) != "0"
-
-
 def _parse_form(request: Request) -> list[tuple[str, str]]:
     if not re.match(r"(?i)application/x-www-form-urlencoded\s*(;|$)", request.headers.get("content-type", "")):
         raise Error("the body must be a form (application/x-www-form-urlencoded), as curl -d sends it", 415)
@@ -1572,23 +1569,21 @@ def _parse_form(request: Request) -> list[tuple[str, str]]:
         raise Error("the form must be UTF-8") from None
 
 
-def _read_options(
-    entry: _Entry, request: Request, given: _Texts, terminal_size: tuple[int, int]
-) -> tuple[Options, dict[str, str]]:
+def _read_options(entry: _Entry, request: Request, settings: Settings) -> tuple[Options, dict[str, str]]:
     """How a request wants its output, by the server's own options or else by its Accept header; and the headers that
     describe it. Raises Error."""
-    command, options = entry.command, Options(notes="never")
+    command, given, options = entry.command, request.options, Options(notes="never")
     headers = {"Content-Type": command.type, "Vary": "Accept"}
     if command.is_plain_text:
         # A person wants to see the end; to a program the output is whole without a line of ours.
         notes = "always" if "text/html" in request.accepted else "cut"
         if "footer" in given:
-            notes = "always" if _is_on(given, "footer") else "never"
-        hostname = socket.gethostname() if _is_on(given, "hostname") else ""
+            notes = "always" if request.is_on("footer") else "never"
+        hostname = socket.gethostname() if request.is_on("hostname") else ""
         format_, heartbeat = given.get("format") or _negotiate(request.accepted), float(given.get("heartbeat", "inf"))
         title = f"{entry.name}: {command.line}"
-        columns, _ = command.terminal or terminal_size
-        stamps = _is_on(given, "timestamps")
+        columns, _ = command.terminal or settings.terminal_size
+        stamps = request.is_on("timestamps")
         options = Options(format_, notes, stamps, hostname, heartbeat, 0, title, command.is_report, columns)
         headers["Content-Type"] = _FORMATS[options.format][1]
     elif given.get("format", "text") != "text":
@@ -1607,9 +1602,9 @@ def _negotiate(accepted: Mapping[str, float]) -> str:
     return "html" if "text/html" in accepted and plain == 0.001 else "text"
 
 
-def _find_start(transcript: Transcript, request: Request, given: _Texts) -> int:
+def _find_start(transcript: Transcript, request: Request) -> int:
     """The offset in a transcript to begin at."""
-    last_id = request.headers.get("last-event-id", "")
+    given, last_id = request.options, request.headers.get("last-event-id", "")
     if given.get("format", "sse") == "sse" and re.fullmatch(r"[0-9]{1,15}", last_id):
         return min(int(last_id), transcript.end)
     return transcript.find_tail(int(given["tail"])) if "tail" in given else 0
@@ -1618,6 +1613,7 @@ def _find_start(transcript: Transcript, request: Request, given: _Texts) -> int:
 class _Entry:
     """A run as the site lists it. A kept run has a transcript, and a thread that writes it."""
 
+    make: _Maker  # starts the run
     run: Run
     transcript: Transcript
     thread: Thread | None = None
@@ -2271,7 +2267,7 @@ class _Runs:
             if command.max and sum(entry.name == name for entry in list(self.active)) >= command.max:
                 raise _busy(f"{command.max} of {command.max} runs of {name!r} are going on")
 
-    def start(self, entry: _Entry, make: _Maker) -> Run:
+    def start(self, entry: _Entry) -> Run:
         """Take a slot, and start a run. Raises Error."""
         settings, timeout = self._settings, entry.command.timeout
         with self._lock:
@@ -2281,7 +2277,7 @@ class _Runs:
         release = partial(self.active.discard, entry)
         run = None
         try:
-            run = entry.run = make(settings, settings.timeout_seconds if timeout is None else timeout, release)
+            run = entry.run = entry.make(settings, settings.timeout_seconds if timeout is None else timeout, release)
             if _log.isEnabledFor(logging.DEBUG):
                 line = _printable(f"{run.line} {entry.values}")
                 _log.debug("started %s as %s: %s", entry.name, run, line)
@@ -2295,7 +2291,7 @@ class _Runs:
                 raise _shortage(error) from None
             raise
 
-    def keep(self, entry: _Entry, make: _Maker) -> None:
+    def keep(self, entry: _Entry) -> None:
         """Start a run that outlives its client. Raises Error."""
         size = self._settings.transcript_bytes
         with ExitStack() as undo:
@@ -2308,14 +2304,14 @@ class _Runs:
                 entry.id = secrets.token_urlsafe(16)
                 self._kept[entry.id] = entry
             undo.callback(self._kept.pop, entry.id, None)
-            undo.callback(self.start(entry, make).close)
+            undo.callback(self.start(entry).close)
             try:
                 entry.thread = _start_thread(f"streamlog-kept {entry.name}", self._record, entry)
             except RuntimeError as error:
                 raise _shortage(error) from None
             undo.pop_all()
 
-    def share(self, entry: _Entry, make: _Maker) -> _Entry:
+    def share(self, entry: _Entry) -> _Entry:
         """The run with the same command and values that goes on, or else a new one. It is entered: `leave` it."""
         with self._sharing:
             for found in self.find_shared(entry):
@@ -2327,7 +2323,7 @@ class _Runs:
                 entry.linger_seconds = self._settings.linger_seconds
             entry.key = entry.name, entry.values
             entry.enter()
-            self.keep(entry, make)
+            self.keep(entry)
             return entry
 
     def find_shared(self, entry: _Entry) -> list[_Entry]:
