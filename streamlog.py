@@ -1617,17 +1617,17 @@ class _Entry:
     run: Run
     transcript: Transcript
     thread: Thread | None = None
+    id = ""  # of a kept run
+    key: object = None  # what a request must have in common with the run to share it
+    ended = 0.0  # monotonic() of the end of a kept run
+    linger_seconds = inf  # how long the run goes on after its last viewer has left
+    viewers = 0
 
     def __init__(self, name: str, command: Command, given: _Texts) -> None:
-        self.id = ""  # of a kept run
         self.name = name
         self.command = command
         self.values = {**command.defaults, **given}
-        self.key: object = None  # what a request must have in common with the run to share it
         self.started_at = time.time()
-        self.ended = 0.0  # monotonic() of the end of a kept run
-        self.linger_seconds = inf  # how long the run goes on after its last viewer has left
-        self.viewers = 0
         self._lock = Lock()  # guards the viewers
 
     def __str__(self) -> str:
@@ -2479,20 +2479,23 @@ class Run:
     """
 
     takes_input = False
+    stream = ""  # of what was read last
+    output_bytes = 0  # that were read
+    skipped_bytes = 0  # of output before what was read last, which was overwritten before it could be read
+    seconds = 0.0
+    reason = ""  # why it was ended, unless it ended by itself
+    exit_code: int | None = None
+    signal: int | None = None  # that it died of
+    is_stopping = False  # whether it was asked to end
+    is_gone = False  # whether nothing of it is left, or it was given up
+    _block = _BLOCK_MIN_BYTES  # to read at a time
+    _is_killed = False
+    _is_drained = False
 
     def __init__(self, line: object, settings: Settings, timeout: float | None) -> None:
         self.line = line  # as str() has it
         self.outputs: dict[int, tuple[str, IO[bytes]]] = {}  # streams and files, by the descriptors to read from
-        self.stream = ""  # of what was read last
-        self.output_bytes = 0  # that were read
-        self.skipped_bytes = 0  # of output before what was read last, which was overwritten before it could be read
         self.started = monotonic()
-        self.seconds = 0.0
-        self.reason = ""  # why it was ended, unless it ended by itself
-        self.exit_code: int | None = None
-        self.signal: int | None = None  # that it died of
-        self.is_stopping = False  # whether it was asked to end
-        self.is_gone = False  # whether nothing of it is left, or it was given up
         try:
             self.bell = _Bell()
         except OSError as error:
@@ -2504,8 +2507,6 @@ class Run:
         self._lock = RLock()  # guards the process and its input against other threads
         self._agenda: dict[_Action, float] = {}  # what is to be done, by monotonic()
         self._owed: dict[int, float] = {}  # bytes that are still to be read of an output, after the drain time
-        self._block = _BLOCK_MIN_BYTES
-        self._is_killed = self._is_drained = False
         self._timeout = timeout
         self.later(timeout or inf, self._time_out)
 
@@ -2752,6 +2753,8 @@ class Process(Run):
     stranger may get it, and must not be signalled.
     """
 
+    _is_in_line = False  # of what was written to a terminal
+
     def __init__(self, launch: Launch, settings: Settings, timeout: float | None, release: _Action) -> None:
         super().__init__(launch, settings, timeout)
         try:
@@ -2763,7 +2766,6 @@ class Process(Run):
         process = self._process
         self.pid = process.pid  # of the leader, and of its group
         self._groups = {self.pid}
-        self._is_in_line = False  # of what was written to a terminal
         self._stdin, stdout, self._terminal = process.stdin, process.stdout, None
         if terminal:
             stdout, writer = terminal
@@ -3158,10 +3160,12 @@ class Format:
 class Text(Format):
     """Output as it is, for curl and for a browser tab, with notes and timestamps if they are asked for."""
 
+    _at_line_start = True
+    _is_returned = False  # whether the last character was a carriage return
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.can_skip = self.options.notes != "never"
-        self._at_line_start, self._is_returned = True, False
         self._has_prefix = self.options.timestamps or self.options.hostname
         if self._has_prefix:
             self.block_bytes = _BLOCK_MIN_BYTES
@@ -3332,14 +3336,15 @@ _CELLS_MAX = 400  # of a line that is edited; of a longer one, the rest stays as
 class _Lane:
     """What is kept of one stream between two pieces of it: a character, a line or an escape sequence may be split."""
 
+    held = ""
+    is_in_line = False
+    link = ""
+    span = ""  # the tag that begins text in this style, or of this link
+
     def __init__(self, tag: str) -> None:
         self.tag = tag  # of its lines
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self.held = ""
-        self.is_in_line = False
         self.style = dict(_STYLES[0])
-        self.link = ""
-        self.span = ""  # the tag that begins text in this style, or of this link
 
 
 class Html(Format):
@@ -3353,21 +3358,20 @@ class Html(Format):
 
     block_bytes = _BLOCK_MIN_BYTES
     can_skip = True
+    _prefix = ""  # of each line
+    _lines = 0  # in this block
+    _number = 0  # of the last line, among those that are seen
+    _end = ""  # what ends that line, if it is open
+    _span = ""  # the tag that began the last text in it
+    _column = 0  # of the cursor in it, before what follows
+    _is_edited = False  # whether what was written of it differs from the cells
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._lanes = {"stdout": _Lane("<samp>"), "stderr": _Lane('<samp class="e">')}
-        self._lines = 0  # in this block
-        self._number = 0  # of the last line, among those that are seen
         self._lane = self._lanes["stdout"]  # of the last line
-        self._end = ""  # what ends that line, if it is open
-        self._span = ""  # the tag that began the last text in it
         self._cells: list[tuple[str, str]] = []  # its characters and their tags, by columns
-        self._column = 0  # of the cursor, before what follows
         self._added: list[tuple[str, str]] = []  # text and its tags, not yet in the cells
-        self._is_edited = False  # whether what was written differs from the cells
-        self._prefix = ""
-        self._host = f"<b>{html.escape(self.options.hostname)}</b> " if self.options.hostname else ""
         style = _VIEW_STYLE + "main { display: block }" * self.options.is_report
         page = _make_page(self.options.title, style, _fill(_VIEW, {}, TITLE=self.options.title))
         self.beginning = page.partition("</body>")[0].encode()  # `end` writes the rest
@@ -3375,7 +3379,7 @@ class Html(Format):
     def feed(self, stream: str, data: bytes) -> bytes:
         super().feed(stream, data)
         stamp = f"<time>{_timestamp(self.clock())}</time> " if self.options.timestamps else ""
-        self._prefix = stamp + self._host
+        self._prefix = f"{stamp}<b>{html.escape(self.options.hostname)}</b> " if self.options.hostname else stamp
         lane = self._lanes[stream]
         written = "".join(self._write(lane, lane.held + lane.decode(data))) + self._redraw()
         self._settle()
@@ -3649,15 +3653,17 @@ class Transcript:
     told where it goes on.
     """
 
+    start = 0
+    end = 0
+    outcome: Outcome | None = None
+    _time_seconds = 0.1  # between two times
+    _is_failing = False  # which is logged once
+
     def __init__(self, size: int, file: IO[bytes] | None = None) -> None:
         self.size = size
-        self.start = self.end = 0
-        self.outcome: Outcome | None = None
         self._file = file or io.BytesIO()
         self._lock = Lock()  # guards what follows, and the place in the file
         self._changes = [(0, "stdout", 0.0)]  # offsets at which the stream or the time changes, and to which
-        self._time_seconds = 0.1  # between two times
-        self._is_failing = False  # which is logged once
         self.drop_another: Callable[[], bool] = lambda: False  # to make room on a full disk; False if there is none
         self.waiting: WeakSet[_Bell] = WeakSet()  # of readers that have read all there is
 
