@@ -2300,7 +2300,7 @@ class _Runs:
                 if room < min(_TRANSCRIPT_MIN_BYTES, size):
                     raise _busy("there is no room for another transcript")
                 entry.transcript = _open_transcript(self._settings, room)
-                entry.transcript.drop_another = self._drop_oldest
+                entry.transcript.drop_another = self._drop_another
                 entry.id = secrets.token_urlsafe(16)
                 self._kept[entry.id] = entry
             undo.callback(self._kept.pop, entry.id, None)
@@ -2393,7 +2393,8 @@ class _Runs:
         settings = self._settings
         with self._lock:
             free = settings.transcripts_bytes - sum(entry.transcript.room for entry in self._kept.values())
-            ended = self._ended()
+            ended = [entry for entry in self._entries() if entry.ended and not entry.command.is_source]
+            ended.sort(key=lambda entry: entry.ended)
             for index, entry in enumerate(ended):
                 is_past = len(ended) - index > self._kept_max or monotonic() - entry.ended > settings.kept_seconds
                 if is_past or (free < wanted_bytes and not entry.viewers):
@@ -2401,15 +2402,12 @@ class _Runs:
                     free += entry.transcript.room
             return free
 
-    def _drop_oldest(self) -> bool:
+    def _drop_another(self) -> bool:
+        """Make room on the disk: drop the next ended run that nobody reads. False if there is none."""
         with self._lock:
-            unread = [entry for entry in self._ended() if not entry.viewers]  # the file goes with its last reader
-            return any(self._kept.pop(entry.id) for entry in unread[:1])
-
-    def _ended(self) -> list[_Entry]:
-        """The ended runs that may be dropped, the first to end first."""
-        ended = [entry for entry in self._entries() if entry.ended and not entry.command.is_source]
-        return sorted(ended, key=lambda entry: entry.ended)
+            count = len(self._kept)
+            self._drop_ended(self._drop_ended() + 1)
+            return len(self._kept) < count
 
     def metrics(self, client_count: int) -> str:
         """The counts in Prometheus' text format (version 0.0.4)."""
