@@ -59,7 +59,7 @@ for developers:
     site                  Site turns a Request into a Reply; _Entry is a run as it lists it
     commands              Command puts the values of a URL in their places
     runs                  Run: a Process, a Task or a _Replay, with output to poll and read
-    formats               Text, Html, Sse, Ndjson: output to bytes; then wfile.write sends them
+    formats               Format, Html, Sse, Ndjson: output to bytes; then wfile.write sends them
     transcripts, insight, pages, embedding, WSGI, command line
 """
 
@@ -2527,7 +2527,7 @@ class Run:
         An empty piece lets the caller look around. The next output is read only when the client has taken the last, so
         that a slow client slows only its own command.
         """
-        format_ = given or Format()
+        format_ = given or Format(Options(notes="never"))
         yield format_.beginning
         while not self.is_over:
             ready = self.wait(client.watched() if client else {}, format_.due)
@@ -3107,7 +3107,8 @@ def _timestamp(moment: float) -> str:
 
 @dataclass
 class Format:
-    """Output as it is; the other formats build on it.
+    """Output as it is, for curl and for a browser tab, with notes and timestamps if they are asked for; the other
+    formats build on it.
 
     A format is fed output as it comes. Once the moment `due` has passed (monotonic()), `pause` may add something.
     """
@@ -3116,12 +3117,21 @@ class Format:
     clock: Callable[[], float] = time.time
     timer: Callable[[], float] = monotonic
     block_bytes = _BLOCK_MAX_BYTES  # to feed at a time; less for a format that writes much more than it is fed
-    can_skip = False  # whether it can tell the client that output is missing
+    beginning = b""  # what stands before the output
+    _at_line_start = True
+    _is_returned = False  # whether the last character was a carriage return
 
     def __post_init__(self) -> None:
-        self.beginning = b""  # what stands before the output
         self._last_output = self.timer()  # when the run last wrote
         self.due = self._last_output + self.options.heartbeat_seconds  # when `pause` is to be called
+        self._has_prefix = self.options.timestamps or self.options.hostname
+        if self._has_prefix:
+            self.block_bytes = _BLOCK_MIN_BYTES
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether it can tell the client that output is missing."""
+        return self.options.notes != "never"
 
     def cut(self, data: bytes) -> Sequence[bytes]:
         """A block of output in parts that are short even when each byte of them has become a line of its own."""
@@ -3133,7 +3143,14 @@ class Format:
         """Output of the run, as the client gets it."""
         self._last_output = self.timer()
         self.due = self._last_output + self.options.heartbeat_seconds
-        return data
+        starts_line, self._at_line_start = self._at_line_start, data[-1:] == b"\n"
+        if not self._has_prefix:
+            return data
+        words = (self.options.timestamps and _timestamp(self.clock()), self.options.hostname)
+        prefix = "".join(f"{word} " for word in words if word).encode()
+        starts_line |= self._is_returned and data[:1] != b"\n"
+        self._is_returned = data[-1:] == b"\r"  # if it is not the first half of CRLF, the line is written anew
+        return prefix * starts_line + re.sub(rb"\n(?!\Z)|\r(?!\n|\Z)", rb"\g<0>" + prefix, data)
 
     def skip(self, count: int) -> bytes:
         """Say that so many bytes of output are missing here."""
@@ -3152,35 +3169,6 @@ class Format:
 
     def _note(self, note: str) -> bytes:
         """A line of our own."""
-        return b""
-
-
-class Text(Format):
-    """Output as it is, for curl and for a browser tab, with notes and timestamps if they are asked for."""
-
-    _at_line_start = True
-    _is_returned = False  # whether the last character was a carriage return
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.can_skip = self.options.notes != "never"
-        self._has_prefix = self.options.timestamps or self.options.hostname
-        if self._has_prefix:
-            self.block_bytes = _BLOCK_MIN_BYTES
-
-    def feed(self, stream: str, data: bytes) -> bytes:
-        super().feed(stream, data)
-        starts_line, self._at_line_start = self._at_line_start, data[-1:] == b"\n"
-        if not self._has_prefix:
-            return data
-        words = (self.options.timestamps and _timestamp(self.clock()), self.options.hostname)
-        prefix = "".join(f"{word} " for word in words if word).encode()
-        starts_line |= self._is_returned and data[:1] != b"\n"
-        self._is_returned = data[-1:] == b"\r"  # if it is not the first half of CRLF, the line is written anew
-        text = prefix * starts_line + re.sub(rb"\n|\r(?!\n|\Z)", rb"\g<0>" + prefix, data)
-        return text.removesuffix(prefix) if self._at_line_start else text
-
-    def _note(self, note: str) -> bytes:
         line_end = "" if self._at_line_start else "\n"
         self._at_line_start = True
         return f"{line_end}{note}\n".encode()
@@ -3375,7 +3363,8 @@ class Html(Format):
         self.beginning = page.partition("</body>")[0].encode()  # `end` writes the rest
 
     def feed(self, stream: str, data: bytes) -> bytes:
-        super().feed(stream, data)
+        self._last_output = self.timer()
+        self.due = self._last_output + self.options.heartbeat_seconds
         stamp = f"<time>{_timestamp(self.clock())}</time> " if self.options.timestamps else ""
         self._prefix = f"{stamp}<b>{html.escape(self.options.hostname)}</b> " if self.options.hostname else stamp
         lane = self._lanes[stream]
@@ -3629,7 +3618,7 @@ def _readable(colour: str) -> str:
 
 
 _FORMATS = {
-    "text": (Text, _PLAIN_TEXT),
+    "text": (Format, _PLAIN_TEXT),
     "html": (Html, "text/html; charset=utf-8"),
     "sse": (Sse, "text/event-stream"),
     "ndjson": (Ndjson, "application/x-ndjson"),

@@ -9,7 +9,7 @@ import re
 import unittest
 from typing import Optional
 
-from streamlog import Format, Html, Ndjson, Options, Outcome, Sse, Text, _negotiate
+from streamlog import Format, Html, Ndjson, Options, Outcome, Sse, _negotiate
 
 CLEAN = Outcome(0, "", 1.24)
 FAILED = Outcome(3, "", 0.04)
@@ -34,7 +34,7 @@ class Timer:
 class TextFormat(unittest.TestCase):
     def test_output_is_left_as_it_is(self) -> None:
         for data in (b"a\n", b"\r 50%", bytes(range(256)), b"\xff\xfe"):
-            self.assertEqual(Text(Options(notes="always")).feed("stdout", data), data)
+            self.assertEqual(Format(Options(notes="always")).feed("stdout", data), data)
             self.assertEqual(Format().feed("stdout", data), data)
 
     def test_a_note_follows_when_it_was_asked_for(self) -> None:
@@ -48,23 +48,23 @@ class TextFormat(unittest.TestCase):
             ("always", CUT, b"[stopped: timeout after 2 s, 2.0 s]\n"),
         ):
             with self.subTest(notes=notes, outcome=outcome):
-                self.assertEqual(Text(Options(notes=notes)).end(outcome), expected)
+                self.assertEqual(Format(Options(notes=notes)).end(outcome), expected)
 
     def test_a_note_has_a_line_of_its_own(self) -> None:
-        text = Text(Options(notes="always"))
+        text = Format(Options(notes="always"))
         text.feed("stdout", b"a\n")
         self.assertEqual(text.end(CLEAN), b"[exit 0, 1.2 s]\n")
         text.feed("stdout", b"b")
         self.assertEqual(text.end(CLEAN), b"\n[exit 0, 1.2 s]\n")
 
     def test_each_line_gets_the_time_of_its_first_byte(self) -> None:
-        text = Text(Options(timestamps=True), noon)
+        text = Format(Options(timestamps=True), noon)
         got = b"".join(text.feed("stdout", piece) for piece in (b"a", b"b\n", b"\n", b"c\nd\n", b"e"))
         self.assertRegex(got.decode(), f"^{STAMP} ab\n{STAMP} \n{STAMP} c\n{STAMP} d\n{STAMP} e$")
 
     def test_a_heartbeat_is_a_line_that_tells_how_long_it_was_silent(self) -> None:
         timer = Timer()
-        text = Text(Options(heartbeat_seconds=30), noon, timer)
+        text = Format(Options(heartbeat_seconds=30), noon, timer)
         self.assertEqual(text.due, 130)
         text.feed("stdout", b"a")
         timer.now = 130
@@ -74,7 +74,7 @@ class TextFormat(unittest.TestCase):
         text.feed("stdout", b"b\n")
         timer.now = 190
         self.assertEqual(text.pause(), b"[still running, silent for 30.0 s]\n")
-        self.assertEqual(Text(Options(), noon, timer).due, float("inf"))
+        self.assertEqual(Format(Options(), noon, timer).due, float("inf"))
 
 
 class NdjsonFormat(unittest.TestCase):

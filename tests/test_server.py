@@ -878,7 +878,7 @@ class Limits(ServerCase):
 
     def test_a_bug_in_an_answer_costs_its_connection_only(self) -> None:
         server = self.serve({"x": "yes"})
-        with mock.patch.object(streamlog.Text, "feed", side_effect=ZeroDivisionError):
+        with mock.patch.object(streamlog.Format, "feed", side_effect=ZeroDivisionError):
             with self.assertLogs("streamlog", "ERROR") as logged:
                 self.assertFalse(self.fetch(server, "/x").is_whole)
                 wait_until(lambda: self.has_no_clients(server), "it is gone")
