@@ -1617,13 +1617,13 @@ class _Entry:
     run: Run
     transcript: Transcript
     thread: Thread | None = None
-    id = ""  # of a kept run
     key: object = None  # what a request must have in common with the run to share it
     ended = 0.0  # monotonic() of the end of a kept run
     linger_seconds = inf  # how long the run goes on after its last viewer has left
     viewers = 0
 
     def __init__(self, name: str, command: Command, given: _Texts) -> None:
+        self.id = secrets.token_urlsafe(16)
         self.name = name
         self.command = command
         self.values = {**command.defaults, **given}
@@ -2249,6 +2249,7 @@ class _Runs:
         self._sharing = Lock()  # held while a shared run is found or started, so that each is started once
         self._lock = RLock()  # guards the rest
         self._kept: dict[str, _Entry] = {}  # by id, the oldest first
+        self._transcripts: WeakSet[Transcript] = WeakSet()  # theirs, and those of runs that are being started
         self._counts: dict[str, float] = collections.defaultdict(float)  # by series, with its labels
 
     def limit(self, descriptors: int) -> None:
@@ -2294,22 +2295,21 @@ class _Runs:
     def keep(self, entry: _Entry) -> None:
         """Start a run that outlives its client. Raises Error."""
         size = self._settings.transcript_bytes
-        with ExitStack() as undo:
-            with self._lock:  # until it is listed, another could take the same room
-                room = min(size, self._drop_ended(size))
-                if room < min(_TRANSCRIPT_MIN_BYTES, size):
-                    raise _busy("there is no room for another transcript")
-                entry.transcript = _open_transcript(self._settings, room)
-                entry.transcript.drop_another = self._drop_another
-                entry.id = secrets.token_urlsafe(16)
-                self._kept[entry.id] = entry
-            undo.callback(self._kept.pop, entry.id, None)
-            undo.callback(self.start(entry).close)
-            try:
-                entry.thread = _start_thread(f"streamlog-kept {entry.name}", self._record, entry)
-            except RuntimeError as error:
-                raise _shortage(error) from None
-            undo.pop_all()
+        with self._lock:  # or another could take the same room
+            room = min(size, self._drop_ended(size))
+            if room < min(_TRANSCRIPT_MIN_BYTES, size):
+                raise _busy("there is no room for another transcript")
+            entry.transcript = _open_transcript(self._settings, room)
+            entry.transcript.drop_another = self._drop_another
+            self._transcripts.add(entry.transcript)
+        run = self.start(entry)
+        try:
+            entry.thread = _start_thread(f"streamlog-kept {entry.name}", self._record, entry)
+        except RuntimeError as error:
+            run.close()
+            raise _shortage(error) from None
+        with self._lock:
+            self._kept[entry.id] = entry
 
     def share(self, entry: _Entry) -> _Entry:
         """The run with the same command and values that goes on, or else a new one. It is entered: `leave` it."""
@@ -2373,17 +2373,17 @@ class _Runs:
             raise Error("there is no such run: an id has 22 letters, digits, '-' and '_'", 404)
         self._drop_ended()
         entry = self._kept.get(id_)
-        if entry is None or not hasattr(entry, "run"):
+        if entry is None:
             raise Error("that run is no longer kept, or belongs to another server: see /-/runs", 410)
         return entry
 
     def kept(self) -> list[_Entry]:
         """The kept runs, the newest first."""
         self._drop_ended()
-        return [entry for entry in self._entries()[::-1] if hasattr(entry, "run")]
+        return self._entries()[::-1]
 
     def _entries(self) -> list[_Entry]:
-        """All that are kept, or about to be, the oldest first."""
+        """The kept runs, the oldest first."""
         return list(self._kept.values())
 
     def _drop_ended(self, wanted_bytes: int = 0) -> int:
@@ -2392,7 +2392,7 @@ class _Runs:
         that are left for a transcript."""
         settings = self._settings
         with self._lock:
-            free = settings.transcripts_bytes - sum(entry.transcript.room for entry in self._kept.values())
+            free = settings.transcripts_bytes - sum(one.room for one in self._transcripts)
             ended = [entry for entry in self._entries() if entry.ended and not entry.command.is_source]
             ended.sort(key=lambda entry: entry.ended)
             for index, entry in enumerate(ended):
