@@ -2762,23 +2762,21 @@ class Process(Run):
             raise
         self._held.callback(release)
         process = self._process
+        if terminal:
+            process.stdout, process.stdin = terminal
         self.pid = process.pid  # of the leader, and of its group
         self._groups = {self.pid}
-        self._stdin, stdout, self._terminal = process.stdin, process.stdout, None
-        if terminal:
-            stdout, writer = terminal
-            # To close the last copy would hang up on a program that has closed its files and is about to exit.
-            self._held.callback(writer.close)
-            self._stdin, self._terminal = writer if launch.stdin == "pipe" else None, stdout.fileno()
-        for stream, file in (("stdin", self._stdin), ("stdout", stdout), ("stderr", process.stderr)):
+        self.takes_input = launch.stdin == "pipe"
+        self._stdin = process.stdin if self.takes_input else None
+        for stream, file in (("stdin", process.stdin), ("stdout", process.stdout), ("stderr", process.stderr)):
             if file:
                 _files.add(file)
                 os.set_blocking(file.fileno(), False)
-                if file is self._stdin:
-                    self._held.callback(file.close)
+                if stream == "stdin":  # on a terminal its last copy: to close that earlier would hang up on a program
+                    self._held.callback(file.close)  # that has closed its files and is about to exit
                 else:
                     self.outputs[file.fileno()] = stream, file
-        self.takes_input = self._stdin is not None
+        self._terminal = next(iter(self.outputs)) if terminal else None
         if settings.child_nofile:
             with suppress(AttributeError, OSError):  # it needs Linux, and the process may have ended already
                 resource.prlimit(self.pid, resource.RLIMIT_NOFILE, settings.child_nofile)
