@@ -903,12 +903,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Let the client read the answer: closing while it still sends would reset what it has not read."""
         client, feeder, seconds = self.wfile, self._feeder, 0.0 if self._is_to_be_reset else _LINGER_SECONDS
         client.deadline = monotonic() + seconds
-        is_tls = isinstance(client.sock, ssl.SSLSocket)
         with suppress(OSError, ValueError):
             if self._is_to_be_reset:  # HTTP/1.0 takes any other end for that of the body
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            elif is_tls and not (feeder and feeder.is_alive()):  # to whose reading a close_notify would do harm
-                client.sock.unwrap()  # type: ignore[attr-defined]
+            elif isinstance(client.sock, ssl.SSLSocket) and not (feeder and feeder.is_alive()):
+                client.sock.unwrap()  # to a feeder that still reads, it would do harm
         with suppress(OSError):
             if not self._is_to_be_reset:
                 client.sock.shutdown(socket.SHUT_WR)
@@ -4644,10 +4643,12 @@ def _serve(server: Server, commands: _Commands, options: _Flags) -> None:
     ended = threading.Event()  # not thread.is_alive(): the thread lives a moment longer than its ring
 
     def run() -> None:
-        with ExitStack() as last:
-            last.callback(signals.ring)
-            last.callback(ended.set)
-            last.enter_context(server).serve_forever()
+        try:
+            with server:
+                server.serve_forever()
+        finally:
+            ended.set()
+            signals.ring()
 
     try:
         _start_thread("streamlog", run)
@@ -4714,10 +4715,9 @@ def _reload(server: Server, options: _Flags) -> None:
                 raise ConfigError(f"cannot read {path!r} again: it is no file")
         commands = _load_commands(options, _log.warning)
         server.replace(commands)
+        _log.info("read %s again: %d commands", ", ".join(options.config) or options.tls_cert, len(commands))
     except Exception as error:  # whatever it is, the runs go on
         _log.error("the commands stay as they were: %s", error)
-        return
-    _log.info("read %s again: %d commands", ", ".join(options.config) or options.tls_cert, len(commands))
 
 
 def _notify(state: str) -> None:
