@@ -4082,12 +4082,12 @@ _VIEW_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; ba
 _COLOURS = """:root { color-scheme: light dark;
   --page: light-dark(#fff, #16181c); --text: light-dark(#1a1a1a, #e3e3e3); --soft: light-dark(#666, #9a9a9a);
   --line: light-dark(#d8d8d8, #3a3d43); --accent: light-dark(#0b57d0, #a8c7fa);
-  --c0: light-dark(#000, #6b6b6b); --c1: light-dark(#b3261e, #f2857d); --c2: light-dark(#146c2e, #6dd58c);
+  --c0: light-dark(#000, #828282); --c1: light-dark(#b3261e, #f2857d); --c2: light-dark(#146c2e, #6dd58c);
   --c3: light-dark(#7a5900, #e0b94f); --c4: light-dark(#0b57d0, #7cacf8); --c5: light-dark(#8430ce, #d1a3ff);
   --c6: light-dark(#00687a, #4fd8eb); --c7: light-dark(#767676, #c7c7c7); --c8: light-dark(#555, #8f8f8f);
   --c9: light-dark(#dc362e, #ffb4ab); --c10: light-dark(#198639, #98f0af); --c11: light-dark(#946f00, #ffd97a);
   --c12: light-dark(#1b6ef3, #b3cdff); --c13: light-dark(#a142f4, #e6c8ff); --c14: light-dark(#00818f, #9aefff);
-  --c15: light-dark(#999, #fff) }
+  --c15: light-dark(#767676, #fff) }
 """
 # A reversed column counts its scroll position from the end, so the view follows new lines until the reader scrolls up.
 # On the body itself its upper part could not be scrolled to.
