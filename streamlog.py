@@ -1,6 +1,19 @@
 #!/usr/bin/env python3
 """streamlog: run a command per URL and stream its output live, to curl and to a plain browser tab.
 
+in a program:
+  server = streamlog.start({"disk": "df -h", "sync": sync}, port=0)   # in threads; server.url says where
+  for piece in streamlog.stream("ping -c 3 {host}", host="localhost"): # bytes, as they come
+  async for piece in streamlog.stream(["make", "-k"]):                 # without a thread, in asyncio
+  return StreamingResponse(streamlog.stream("make"), media_type="text/plain")    # Starlette, FastAPI
+  application = streamlog.wsgi({"disk": "df -h"})                      # for gunicorn, or under a prefix
+
+  A command is a line, a list of arguments, a function or a Command. A function is a task: what it
+  returns, yields, logs and prints to output() goes to the client, its parameters are those of the
+  URL, an Error that it raises first is the answer, and stopping() tells that it should end. /log
+  follows this program's log, /stacks shows its threads. Settings describes what start, serve and
+  wsgi take; Stream is what stream returns.
+
 usage: streamlog [OPTION]... [[METHOD:]NAME=COMMAND LINE | COMMAND LINE]...
 
   python streamlog.py                             diagnostics of this machine
@@ -15,10 +28,10 @@ OPTIONS
 commands:
   A command line is split as a shell would split it and run without one; a leading ! asks for
   /bin/sh. {name} is a required parameter of the URL's query, {name=default} an optional one,
-  and {name:type} has a type: word (the default), int, path, text, a choice such as nginx|redis,
-  or a regular expression that the value must match in full. A value is one argument, and
-  never an option. {{name}} stands for {name} itself. In a ! script a text or a regular
-  expression may stand only in assignments at the very beginning: !m={m:text}; echo "$m".
+  and {name:type} has a type: word (the default), int, float, path, text, a choice such as
+  nginx|redis, or a regular expression that the value must match in full. A value is one
+  argument, and never an option. {{name}} stands for {name} itself. In a ! script a text or a
+  regular expression may stand only in assignments at the very beginning: !m={m:text}; echo "$m".
   POST:NAME=... is run by POST only. NAME=-, or -, is standard input, for any number of viewers.
 
 commands file:
@@ -79,6 +92,7 @@ if os.name != "posix" or sys.version_info < (3, 9):  # checked first: an import 
         sys.exit(_NEEDS)
     raise ImportError(_NEEDS)
 
+import _thread
 import atexit
 import base64
 import codecs
@@ -123,7 +137,7 @@ import unicodedata
 import urllib.parse
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -134,13 +148,13 @@ from mmap import ACCESS_COPY, mmap
 from select import POLLIN, POLLOUT
 from threading import Condition, Lock, RLock, Thread
 from time import monotonic
-from types import MappingProxyType
-from typing import IO, Any, Callable, Literal, NamedTuple, NoReturn, Optional, Union
+from types import MappingProxyType, SimpleNamespace
+from typing import IO, Any, Callable, Literal, NamedTuple, NoReturn, Optional, TextIO, Union
 from weakref import WeakSet
 
 __version__ = "0.1.0"
 __all__ = ["Command", "ConfigError", "Error", "Server", "Settings", "Stream"]
-__all__ += ["serve", "start", "stopping", "stream", "wsgi"]
+__all__ += ["output", "serve", "start", "stopping", "stream", "wsgi"]
 
 _log = logging.getLogger("streamlog")
 
@@ -159,6 +173,8 @@ class Error(Exception):
 
     def __init__(self, message: str, status: int = 400, headers: _Texts = MappingProxyType({})) -> None:
         super().__init__(message)
+        if HTTPStatus(status) < 300:
+            raise ValueError(f"the status of an error is 300 or more: {status}")
         self.status = status
         self.headers = headers
 
@@ -168,11 +184,23 @@ class ConfigError(Error):
 
 
 class _Rule(NamedTuple):
-    """How a setting or an option of a command is read from text, when its value is right, and what an error demands."""
+    """How a setting or an option of a command is read from text, when its value is right, and what an error demands, of
+    a text and of a program."""
 
     read: Callable[[str], Any]
     is_right: Callable[[Any], object]
     demand: str
+    value_demand: str = ""
+
+    def check(self, name: str, value: object) -> None:
+        """Raises ConfigError unless a value that a program gives is right."""
+        kinds: dict[Any, Any] = {float: (int, float), int: int, _read_size: int, str: str}
+        kind = {**kinds, os.fspath: (str, os.PathLike)}.get(self.read, object)
+        with suppress(AttributeError, TypeError):
+            is_truth = kind is not object and isinstance(value, bool)  # which is an int, too
+            if isinstance(value, kind) and self.is_right(value) and not is_truth:
+                return
+        raise ConfigError(f"{name} must be {self.value_demand or self.demand}: {value!r}")
 
     def parse(self, name: str, text: str) -> Any:
         """The value of a text. Raises ConfigError."""
@@ -188,17 +216,31 @@ def _read_size(text: str) -> int:
     return int(text[:-1]) << 10 * unit if unit > 0 else int(text)
 
 
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and [*map(type, value)] == [int, int]
+
+
+def _read_switch(text: str) -> Any:
+    import configparser
+
+    return configparser.ConfigParser.BOOLEAN_STATES.get(text.lower(), text)
+
+
+_SWITCH_RULE = _Rule(_read_switch, (True, False).__contains__, "yes or no", "True or False")
 _TEXT = _Rule(str, lambda text: True, "text")
-_FILE = _Rule(str, bool, "the name of a file")
+_PAIR = _Rule(tuple, _is_pair, "(soft, hard), two whole numbers")
+_FILE = _Rule(os.fspath, bool, "the name of a file")
+_FOLDER = _Rule(os.fspath, bool, "the name of a directory")
 _SECONDS = _Rule(float, lambda seconds: 0 <= seconds < 1e9, "a number of seconds, 0 or more")
 _COUNT = _Rule(int, range(1_000_000).__contains__, "a whole number")
 _COUNT_1 = _Rule(int, range(1, 1_000_000).__contains__, "a whole number above 0")
-_PORT = _Rule(int, range(65536).__contains__, "a port from 0 to 65535")
-_SIZE = _Rule(_read_size, lambda size: size >= 0, "a number of bytes, or of K, M, G or T of them")
+_PORT = _Rule(int, range(65536).__contains__, "a number from 0 to 65535")
+_SIZE = _Rule(_read_size, lambda size: size >= 0, "a number of bytes, or of K, M, G or T of them", "a number of bytes")
 _TERMINAL = _Rule(
     lambda text: tuple(map(int, text.lower().split("x"))),
-    lambda size: len(size) == 2 and 0 < min(size) <= max(size) < 10000,
+    lambda size: _is_pair(size) and 0 < min(size) <= max(size) < 10000,
     "COLUMNSxLINES, as in 80x24",
+    "columns and lines, as in (80, 24)",
 )
 _HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)"
 _HOST = _Rule(str, re.compile(_HOST_PATTERN).fullmatch, "a host name, without a port")
@@ -209,9 +251,9 @@ _ORIGIN = _Rule(
 )
 
 
-def _setting(default: Any, flag: str, rule: _Rule = _TEXT) -> Any:
-    """A field that the command line can set; `flag` is what --help says of it, where {} stands for the default."""
-    return dataclasses.field(default=default, metadata={"flag": flag, "rule": rule})
+def _setting(default: Any, flag: str, rule: _Rule = _TEXT, is_shown: bool = True) -> Any:
+    """A field. `flag` is how the command line sets it, if it can, and what it does; {} stands for the default."""
+    return dataclasses.field(default=default, repr=is_shown, metadata={"flag": flag, "rule": rule})
 
 
 @dataclass(frozen=True)
@@ -222,11 +264,11 @@ class Settings:
     bind: str = _setting("127.0.0.1", "-b, --bind ADDRESS | listen on this address ({}), or on unix:PATH")
     timeout_seconds: Optional[float] = _setting(None, "--timeout SEC | stop a run after so long (0: never)", _SECONDS)
     grace_seconds: float = _setting(5.0, "--grace SEC | seconds from SIGTERM to SIGKILL ({:g})", _SECONDS)
-    drain_seconds: float = 2.0  # from the exit to the end of output that another process holds open
+    drain_seconds: float = _setting(2.0, " | seconds to read what others hold open after the exit ({:g})", _SECONDS)
     stall_seconds: float = _setting(0.0, "--stall SEC | stop a run whose client takes nothing for so long", _SECONDS)
     max_output_bytes: int = _setting(0, "--max-output N | stop a run after N bytes, or 10K, 10M, 10G (0: never)", _SIZE)
     max_runs: int = _setting(64, "--max-runs N | runs at a time; one more gets a 503 ({})", _COUNT_1)
-    token: str = dataclasses.field(default="", repr=False)
+    token: str = _setting("", " | what each request must carry, as a bearer or a password", _TEXT, False)
     tls_cert: str = _setting("", "--tls-cert FILE | speak TLS, with the certificate in this PEM file", _FILE)
     tls_key: str = _setting("", "--tls-key FILE | its key, if that is in a file of its own", _FILE)
     no_auth: bool = _setting(False, "--no-auth | allow an address that other machines reach, without a token")
@@ -234,30 +276,54 @@ class Settings:
     allow_origins: Sequence[str] = _setting(
         (), "--allow-origin ORIGIN | let pages of this origin use the server; may be repeated", _ORIGIN
     )
-    head_seconds: float = 10.0
-    idle_seconds: float = 60.0
-    keepalive_seconds: int = 15
-    child_nofile: Optional[tuple[int, int]] = None  # (soft, hard) RLIMIT_NOFILE of commands; None: as ours
+    heartbeat_seconds: Optional[float] = _setting(
+        None,
+        " | silence before a note that a run goes on (by default, 15 in pages and ndjson under WSGI)",
+        _SECONDS,
+    )
+    head_seconds: float = _setting(10.0, " | seconds for a request's head to arrive ({:g})", _SECONDS)
+    idle_seconds: float = _setting(60.0, " | seconds that a connection may wait for its next request ({:g})", _SECONDS)
+    keepalive_seconds: int = _setting(15, " | silence after which a client is probed, by tcp(7) ({})", _COUNT_1)
+    child_nofile: Optional[tuple[int, int]] = _setting(None, " | (soft, hard) RLIMIT_NOFILE of commands", _PAIR)
     terminal_size: tuple[int, int] = _setting(
         (80, 24), "--terminal COLUMNSxLINES | size of the terminal of commands that have one (80x24)", _TERMINAL
     )
-    transcripts: str = _setting("", "--transcripts DIR | keep transcripts in this directory (TMPDIR, or /var/tmp)")
+    transcripts: str = _setting(
+        "", "--transcripts DIR | keep transcripts in this directory (TMPDIR, or /var/tmp)", _FOLDER
+    )
     transcript_bytes: int = _setting(16 << 20, "--transcript-size N | bytes kept of a run, the newest (16M)", _SIZE)
     transcripts_bytes: int = _setting(256 << 20, "--transcripts-size N | bytes kept of all runs (256M)", _SIZE)
     kept_runs: int = _setting(100, "--keep-runs N | ended runs that are kept ({})", _COUNT)
     kept_seconds: float = _setting(3600.0, "--keep SEC | seconds that an ended run is kept for ({:g})", _SECONDS)
     linger_seconds: float = _setting(5.0, "--linger SEC | seconds a shared run outlives its viewers ({:g})", _SECONDS)
-    insight: bool = True  # serve /log, /stacks and /level of this program
-    log: int = 0  # bytes of this program's newest log records that are kept for /log; 0: none
+    insight: bool = _setting(True, " | serve /log, /stacks and /level of this program")
+    log: int = _setting(0, " | bytes of this program's newest log records that are kept for /log (0: none)", _SIZE)
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), field.default
+            if "rule" in field.metadata and value != default:
+                rule = _SWITCH_RULE if isinstance(default, bool) else field.metadata["rule"]
+                if default == () and (isinstance(value, str) or not isinstance(value, Iterable)):
+                    raise ConfigError(f"{field.name} must be a list; each item must be {rule.demand}: {value!r}")
+                for one in value if default == () else [value]:
+                    rule.check(field.name, one)
         if self.tls_key and not self.tls_cert:
-            raise ConfigError("a TLS key needs its certificate: set tls_cert (--tls-cert)")
+            raise ConfigError(f"a TLS key needs its certificate: set {self._name('tls_cert')}")
+
+    def _name(self, field: str) -> str:
+        """A setting, as whoever made these settings gives it: a keyword, or an option of the command line."""
+        return f"{field}="
 
     @property
     def scheme(self) -> str:
         """The scheme of the server's URLs."""
         return "https" if self.tls_cert else "http"
+
+
+for _field in dataclasses.fields(Settings):
+    _about = _field.metadata["flag"].format(_field.default).partition(" | ")[2]
+    Settings.__doc__ = f"{Settings.__doc__}\n\n    {_field.name}: {_about}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -293,25 +359,25 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(
         self, commands: _Commands, settings: Settings = Settings(), listener: Optional[socket.socket] = None
     ) -> None:
-        self.address_family, address, self.reach = _find_address(settings, listener)
-        self.tls_context = _make_tls_context(settings)
-        self.settings = settings
-        self.socket_path = os.fsdecode(address) if self.reach is Reach.UNIX else ""
-        self.port, self.url = 0, f"unix:{self.socket_path}"  # others are known once they are bound
+        self.address_family, address, self._reach = _find_address(settings, listener)
+        self._tls_context = _make_tls_context(settings)
+        self._settings = settings
+        self._socket_path = os.fsdecode(address) if self._reach is Reach.UNIX else ""
+        self.port, self.url = 0, f"unix:{self._socket_path}"  # others are known once they are bound
         self._made_socket: os.stat_result | None = None  # the socket's file, if it is ours to remove
-        self.is_closing = False
-        self.closing = _Bell()  # every thread polls it beside its own work
-        self.site = Site(commands, settings, self.reach, self.socket_path, self.closing)
+        self._is_closing = False
+        self._closing = _Bell()  # every thread polls it beside its own work
+        self._site = Site(commands, settings, self._reach, self._socket_path, self._closing)
         self._owner = os.getpid()
         self._changed = Condition()  # guards the clients
         self._clients: set[_Connection] = set()
-        self.site.count_clients = self._clients.__len__
-        self.idle: OrderedDict[_Connection, bool] = OrderedDict()  # the longest idle first
+        self._site.count_clients = self._clients.__len__
+        self._idle: OrderedDict[_Connection, bool] = OrderedDict()  # the longest idle first
         self._thread: Thread | None = None
         self._warned_at = -inf
         # Half of the descriptors are for clients, or the runs could shut all others out.
         self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
-        self.site.runs.limit(self._client_max)
+        self._site.runs.limit(self._client_max)
         super().__init__(address, _Handler, bind_and_activate=False)
         try:
             if listener is None:
@@ -321,33 +387,35 @@ class Server(http.server.ThreadingHTTPServer):
                 self.socket.close()
                 self.socket = listener
             self.socket.setblocking(False)
-            if not self.socket_path:
+            if not self._socket_path:
                 host, self.port = self.socket.getsockname()[:2]
                 self.url = f"{settings.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
-            self.site.open_source()
+            self._site.open_source()
         except BaseException:
             self.close()
             raise
 
     def server_bind(self) -> None:
         """Bind to the address, or make the file of a unix socket. (http.server's own would ask the DNS for a name.)"""
-        if self.socket_path:
-            _clear_socket(self.socket_path)
+        if self._socket_path:
+            _clear_socket(self._socket_path)
         socketserver.TCPServer.server_bind(self)
-        if self.socket_path:
-            self._made_socket = os.stat(self.socket_path)
-            os.chmod(self.socket_path, 0o600)  # in time: nobody can connect before it listens
+        if self._socket_path:
+            self._made_socket = os.stat(self._socket_path)
+            os.chmod(self._socket_path, 0o600)  # in time: nobody can connect before it listens
 
     def server_close(self) -> None:
         """Close the listener, and remove the file of a unix socket if it is still ours."""
         super().server_close()
         made, self._made_socket = self._made_socket, None
         with suppress(OSError):
-            if made and os.path.samestat(made, os.lstat(self.socket_path)):
-                os.unlink(self.socket_path)
+            if made and os.path.samestat(made, os.lstat(self._socket_path)):
+                os.unlink(self._socket_path)
 
     def start(self) -> Server:
         """Serve in threads of its own, and return at once. The end of the program closes it too."""
+        if self._is_closing:
+            raise RuntimeError("this server is closed: make another one")
         _close_at_exit(self)
         self._thread = _start_thread("streamlog", self.serve_forever)
         return self
@@ -357,14 +425,14 @@ class Server(http.server.ThreadingHTTPServer):
         else be acted on only after the next event."""
         interval = poll_interval if threading.current_thread() is threading.main_thread() else inf
         if self._owner != os.getpid():  # one of several processes that share a listener ends by itself
-            self._owner, self.closing = os.getpid(), _Bell()
-            self.site.runs._closing = self.closing
+            self._owner, self._closing = os.getpid(), _Bell()
+            self._site.runs._closing = self._closing
         sweep = 0.0
-        while not self.is_closing:
-            watched = {self.closing.descriptor: POLLIN, self.fileno(): POLLIN}
+        while not self._is_closing:
+            watched = {self._closing.descriptor: POLLIN, self.fileno(): POLLIN}
             try:
                 if monotonic() >= sweep:  # what is too old goes even if nobody looks
-                    self.site.runs.kept()
+                    self._site.runs.kept()
                     sweep = monotonic() + _SWEEP_SECONDS
                 if self.fileno() in _poll(watched, min(sweep, monotonic() + interval)):
                     self._accept()
@@ -408,37 +476,41 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _make_room(self, error: Exception) -> None:
         """Log a shortage now and then, evict an idle client, and do not spin meanwhile."""
-        if self.is_closing:  # the listener may be closed already
+        if self._is_closing:  # the listener may be closed already
             return
         if monotonic() >= self._warned_at + 60:
             self._warned_at = monotonic()
             with suppress(Exception):  # a host program may have logging filters that fail
                 _log.warning("cannot serve a new connection: %r", error)
         self._evict()
-        _poll({self.closing.descriptor: POLLIN}, monotonic() + 0.1)
+        _poll({self._closing.descriptor: POLLIN}, monotonic() + 0.1)
 
     def _evict(self) -> bool:
         """Close the connection that has been idle for longest; False if none is idle."""
         with suppress(KeyError, OSError):
-            client, _ = self.idle.popitem(last=False)
+            client, _ = self._idle.popitem(last=False)
             client.sock.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
             return True
         return False
 
-    def replace(self, commands: _Commands) -> None:
+    def replace(self, commands: _AllGiven) -> None:
         """Serve these commands from now on, and read the certificate again. On a ConfigError nothing changes."""
-        self.tls_context = _make_tls_context(self.settings)
-        self.site.commands = commands  # runs go on, and counts stay
+        made = _make_commands(commands)
+        self._tls_context = _make_tls_context(self._settings)
+        self._site.commands = made  # runs go on, and counts stay
+
+    def __repr__(self) -> str:
+        return f"<streamlog.Server at {self.url}>"
 
     def shutdown(self) -> None:
         """Begin to close: accept no more clients, stop every run. Returns at once; a signal handler may call it."""
-        self.is_closing = True
-        self.closing.ring()
+        self._is_closing = True
+        self._closing.ring()
 
-    def kill(self) -> None:
+    def _kill(self) -> None:
         """Begin to close without a grace time: every process group is killed."""
         self.shutdown()
-        self.site.runs.kill()
+        self._site.runs.kill()
 
     def close(self) -> None:
         """Shut down and wait, for the grace time and a second at most. May be called twice.
@@ -448,24 +520,24 @@ class Server(http.server.ThreadingHTTPServer):
         """
         if self._owner != os.getpid():  # a fork's copy
             return
-        count = len(self.site.runs.active)
+        count = len(self._site.runs.active)
         if count:
-            _log.info("closing: %d runs are asked to end, and killed after %g s", count, self.settings.grace_seconds)
+            _log.info("closing: %d runs are asked to end, and killed after %g s", count, self._settings.grace_seconds)
         self.shutdown()
         if self._thread:
             self._thread.join()
         self.server_close()
-        if not self._wait_until_idle(self.settings.grace_seconds + 0.5):
-            self.kill()
+        if not self._wait_until_idle(self._settings.grace_seconds + 0.5):
+            self._kill()
             self._wait_until_idle(0.5)
-        self.site.close()
+        self._site.close()
         if not self._clients:
-            self.closing.close()
+            self._closing.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def let_go(self) -> None:
+    def _let_go(self) -> None:
         """Close the sockets in a forked process: they, and the runs, are the parent's."""
         for client in list(self._clients):
             client.close()
@@ -476,7 +548,7 @@ class Server(http.server.ThreadingHTTPServer):
         deadline = monotonic() + seconds
         with self._changed:
             are_gone = self._changed.wait_for(lambda: not self._clients, seconds)
-        return self.site.runs.join(deadline) and are_gone
+        return self._site.runs.join(deadline) and are_gone
 
 
 def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[int, Any, Reach]:
@@ -498,8 +570,9 @@ def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[i
     is_loopback = ipaddress.ip_address(address[0]).is_loopback
     if not (is_loopback or settings.token or settings.no_auth):
         raise ConfigError(
-            f"other machines can reach {address[0]} and could run every command: set a token (STREAMLOG_TOKEN or "
-            "--token-file), bind (or ListenStream=) 127.0.0.1 and connect through ssh -L, or allow it by --no-auth"
+            f"other machines can reach {address[0]} and could run every command: set a token (by "
+            f"{settings._name('token')}), bind (or ListenStream=) 127.0.0.1 and connect through ssh -L, or allow it by "
+            f"{settings._name('no_auth')}"
         )
     return family, address, Reach.LOOPBACK if is_loopback else Reach.NETWORK
 
@@ -532,7 +605,7 @@ def _make_tls_context(settings: Settings) -> ssl.SSLContext | None:
     except OSError as error:
         raise ConfigError(
             f"cannot use the certificate {cert!r} with the key {key!r}: both must be readable PEM, belong together and "
-            f"have no pass phrase; the key is looked for beside the certificate unless --tls-key names it ({error})"
+            f"have no pass phrase; {settings._name('tls_key')} names a key that is not beside the certificate ({error})"
         ) from None
     return context
 
@@ -593,14 +666,14 @@ class _Connection(io.RawIOBase):
         self._server = server
         self._lock = Lock()  # TLS objects serve one thread at a time
         sock.setblocking(False)
-        seconds = server.settings.keepalive_seconds  # of silence, before the client is probed (tcp(7))
+        seconds = server._settings.keepalive_seconds  # of silence, before the client is probed (tcp(7))
         options = {
             socket.TCP_NODELAY: 1,  # or the end of an answer would wait for the acknowledgement of its head: 40 ms
             getattr(socket, "TCP_KEEPIDLE", 0x10): seconds,  # TCP_KEEPALIVE on macOS
             socket.TCP_KEEPINTVL: max(1, seconds // 3),
             socket.TCP_KEEPCNT: 3,
             # Of what is sent slowly the system takes all, for hours, though the client has vanished. 0: its own time
-            getattr(socket, "TCP_USER_TIMEOUT", -1): min(int(server.settings.stall_seconds * 1500), 1 << 30),
+            getattr(socket, "TCP_USER_TIMEOUT", -1): min(int(server._settings.stall_seconds * 1500), 1 << 30),
         }
         with suppress(OSError):  # a unix socket has no such options, and a client may have left already
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -642,7 +715,7 @@ class _Connection(io.RawIOBase):
         """Do a step as soon as the socket can be read (POLLIN) or written (POLLOUT). Raises _Late at the deadline, and
         _Gone because of an OSError. What a run has written is sent by its owner, who looks after it meanwhile."""
         run = self.run if events == POLLOUT else None
-        stall = monotonic() + ((run and self._server.settings.stall_seconds) or inf)
+        stall = monotonic() + ((run and self._server._settings.stall_seconds) or inf)
         attempts = 0
         while True:
             try:
@@ -653,8 +726,8 @@ class _Connection(io.RawIOBase):
             except OSError as error:
                 raise _Gone(_CLIENT_GONE) from error
             attempts += 1
-            if attempts == 2 and self in self._server.idle:  # records of TLS that bring nothing may go on for ever
-                stall = monotonic() + self._server.settings.head_seconds
+            if attempts == 2 and self in self._server._idle:  # records of TLS that bring nothing may go on for ever
+                stall = monotonic() + self._server._settings.head_seconds
             deadline = min(self.deadline, self._cut_at, stall)
             if monotonic() >= deadline:
                 raise _Late(_CLIENT_STALLED if self._cut_at == inf else _SHUTTING_DOWN)
@@ -663,16 +736,16 @@ class _Connection(io.RawIOBase):
     def watched(self, events: int = 0) -> _Events:
         """What to poll beside anything else that is waited for."""
         events |= _HANG_UP or (0 if self._has_unread else POLLIN)
-        closing = {self._server.closing.descriptor: POLLIN} if self._cut_at == inf else {}
+        closing = {self._server._closing.descriptor: POLLIN} if self._cut_at == inf else {}
         return {self.sock.fileno(): events, **closing}
 
     def react(self, ready: _Events) -> None:
         """Act on what poll reported of that, and take it out."""
-        if ready.pop(self._server.closing.descriptor, 0):
+        if ready.pop(self._server._closing.descriptor, 0):
             self._cut_at = monotonic() + _CUT_SECONDS
             if self.run:
                 self.run.stop(_SHUTTING_DOWN)
-            elif self.is_used and self in self._server.idle:  # a client that was accepted just now gets an answer
+            elif self.is_used and self in self._server._idle:  # a client that was accepted just now gets an answer
                 raise _Gone(_SHUTTING_DOWN)
         events = ready.pop(self.sock.fileno(), 0)
         if events & ~(POLLIN | POLLOUT) or (events & POLLIN and not _HANG_UP and self._has_left()):
@@ -710,10 +783,9 @@ _PLAIN_HTTP_ANSWER = (
 class _Handler(http.server.BaseHTTPRequestHandler):
     """One connection: request after request, in a thread of its own. What is written to `wfile` is sent at once."""
 
-    protocol_version = "HTTP/1.1"
-    request_version = "HTTP/1.1"
     server: Server
     wfile: _Connection  # type: ignore[assignment]
+    status = 0  # of the last answer
     _feeder: Thread | None = None  # passes a request's body on to its command
     _is_body_coming = False
     _is_to_be_reset = False
@@ -724,10 +796,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Serve requests until the connection is to be closed."""
-        client, context = self.wfile, self.server.tls_context
+        client, context = self.wfile, self.server._tls_context
         try:
             if context:
-                client.deadline = monotonic() + self.server.settings.head_seconds
+                client.deadline = monotonic() + self.server._settings.head_seconds
                 wrap = partial(context.wrap_socket, client.sock, server_side=True, do_handshake_on_connect=False)
                 client.sock = client.attempt(wrap, POLLIN)
                 client.attempt(client.sock.do_handshake, POLLIN)  # type: ignore[attr-defined]
@@ -751,19 +823,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             request = _parse_head(lines)
             self.close_connection = request.is_last
             request.read_body = partial(self._read_form, request)
-            reply = self.server.site.answer(request)
+            reply = self.server._site.answer(request)
         except Error as error:
             reply = _text_reply(f"{error}\n", error.status, error.headers)
         outcome = self._send_run(request, reply, reply.run) if reply.run else self._send_whole(request, reply)
         _log.info(
             'client=%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
-            *(self.client_address, line, reply.status, outcome.exit_code if outcome.is_final else "-"),
+            *(self.client_address, line, self.status, outcome.exit_code if outcome.is_final else "-"),
             *(self.wfile.body_bytes, monotonic() - started, outcome.reason or "exit"),
         )
 
     def _read_head(self) -> list[str]:
         """The lines of the next head. A connection may idle for a while, but a head must arrive quickly."""
-        settings = self.server.settings
+        settings = self.server._settings
         with self._within(settings.idle_seconds):
             self.rfile.peek(1)
         with self._within(settings.head_seconds, "head"):
@@ -780,7 +852,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _within(self, seconds: float, part: str = "") -> Iterator[None]:
         """Let the client send for so long. Meanwhile it may be evicted. Raises Error if a part of a request is late,
         and _Gone for other clients."""
-        client, idle = self.wfile, self.server.idle
+        client, idle = self.wfile, self.server._idle
         client.deadline = monotonic() + seconds
         idle[client] = True
         try:
@@ -788,13 +860,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except _Late:
             if not part:
                 raise
-            if not self.server.is_closing:
+            if not self.server._is_closing:
                 raise Error(f"the request's {part} must arrive within {seconds:g} s", 408) from None
         finally:
             client.deadline = inf
             if not idle.pop(client, False):
                 raise _Gone(_CLIENT_GONE)
-        if part and self.server.is_closing:
+        if part and self.server._is_closing:
             raise _busy(_SHUTTING_DOWN, "try again in a moment")
 
     def _ask_for_body(self, request: Request) -> None:
@@ -809,7 +881,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             if run.takes_input:
                 self._start_feeder(request, run)
-            (self._send_late if reply.spool else self._send_live)(request, reply, run)
+            due = reply.format.due if reply.format else inf
+            refusal = run.settle(client, due) if isinstance(run, Task) else None
+            if refusal:
+                self._send_whole(request, _text_reply(f"{refusal}\n", refusal.status, refusal.headers))
+            elif reply.spool:
+                self._send_late(request, reply, run)
+            else:
+                self._send_live(request, reply, run)
             outcome = run.outcome
             if reply.length not in (None, client.body_bytes):
                 outcome = outcome._replace(reason=_OVERTAKEN)
@@ -824,7 +903,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             run.close()
             client.run = None
         if reply.name:
-            self.server.site.runs.count_end(reply.name, outcome, client.body_bytes)
+            self.server._site.runs.count_end(reply.name, outcome, client.body_bytes)
         if outcome.reason:
             self.close_connection = True
             self._is_to_be_reset = request.is_http_1_0 and reply.length is None and not reply.spool
@@ -849,8 +928,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Send output as it comes. While a body is coming, the head waits for the first output: a proxy takes an
         earlier one for the end of the upload."""
         pieces = run.pieces(reply.format, self.wfile)
-        wholes = itertools.accumulate(pieces)
-        ahead = next(whole for whole in wholes if run.output_bytes or run.is_over or not self._is_body_coming)
+        for ahead in itertools.accumulate(pieces):  # noqa: B007
+            if run.output_bytes or run.is_over or not self._is_body_coming:
+                break
         self._send_head(request, reply)
         for piece in itertools.chain([ahead], pieces):
             self.wfile.write(piece)
@@ -861,13 +941,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for piece in run.pieces(reply.format, self.wfile):
             spool.write("stdout", piece)
         outcome = run.outcome
-        headers = {**reply.headers, "Exit-Code": str(outcome.exit_code)}
+        end = {"Exit-Code": str(outcome.exit_code)}
         if spool.start:  # the beginning is lost
-            text = f"the answer has {spool.end} bytes, more than is kept: leave out ?wait, or raise --transcript-size\n"
-            self._send_whole(request, _text_reply(text, 507, {"Exit-Code": headers["Exit-Code"]}))
+            limit = self.server._settings._name("transcript_bytes")
+            text = f"the answer has {spool.end} bytes, more than is kept: leave out ?wait, or raise {limit}\n"
+            self._send_whole(request, _text_reply(text, 507, end))
             return
         status = 500 if outcome.exit_code or outcome.reason else 200
-        self._send_head(request, reply._replace(status=status, headers=headers, length=spool.end))
+        self._send_head(request, reply._replace(status=status, headers={**reply.headers, **end}, length=spool.end))
         at = 0
         while at < spool.end:
             data = spool.read(at, _BLOCK_MAX_BYTES)[2]
@@ -887,7 +968,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send_head(self, request: Request, reply: Reply) -> None:
         """Send the head of an answer."""
         client, is_chunked = self.wfile, bool(reply.run) and reply.length is None and not request.is_http_1_0
-        headers = _make_headers(self.server.site.access, request, reply)
+        headers = _make_headers(self.server._site.access, request, reply)
         headers.append(("Date", self.date_time_string()))
         if is_chunked:
             headers.append(("Transfer-Encoding", "chunked"))
@@ -897,7 +978,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             headers.append(("Connection", "close"))
         status = f"HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}"
         client.send("\r\n".join([status, *map(": ".join, headers), "\r\n"]).encode("latin-1"))
-        client.is_chunked, client.body_bytes, client.is_used = is_chunked, 0, True
+        client.is_chunked, client.body_bytes, client.is_used, self.status = is_chunked, 0, True, reply.status
 
     def finish(self) -> None:
         """Let the client read the answer: closing while it still sends would reset what it has not read."""
@@ -916,7 +997,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             with suppress(OSError):
                 client.sock.shutdown(socket.SHUT_RD)
             feeder.join()  # or it might read from another client, whose connection has got the number of this one
-        elif self.server.is_closing:
+        elif self.server._is_closing:
             return
         with suppress(_Gone):
             while client.readinto(bytearray(_BLOCK_MIN_BYTES)):
@@ -992,10 +1073,6 @@ class Request:
         accepted = map(_ACCEPTED.fullmatch, _split_list(re.sub("[ \t]", "", get("accept", ""))))
         self.accepted = {match[1]: float(match[2] or 1) for match in accepted if match}
         self.read_body: Callable[[], bytes] = lambda: b""  # the whole body; the server replaces it
-
-    def is_on(self, switch: str, default: str = "0") -> bool:
-        """Whether an option that is yes or no is on."""
-        return self.options.get(switch, default) != "0"
 
 
 def _read_head(file: io.BufferedIOBase) -> list[str]:
@@ -1163,7 +1240,7 @@ class Access:
     """The rules for Host, Origin and token."""
 
     def __init__(self, settings: Settings, reach: Reach) -> None:
-        self._token = settings.token.encode()
+        self._token, self._name = settings.token.encode(), settings._name
         self._scheme = settings.scheme
         self._origins = {origin.lower() for origin in settings.allow_origins}
         self._headers = {
@@ -1201,7 +1278,8 @@ class Access:
         with suppress(ValueError):
             if ipaddress.ip_address(name.strip("[]")).is_loopback or self._is_on_network:
                 return
-        raise Error(f"the host {host[:200]!r} is not this server's: use localhost or an address, or --allow-host", 403)
+        way = self._name("allow_hosts")
+        raise Error(f"the host {host[:200]!r} is not this server's: use localhost, an address, or {way}", 403)
 
     def _check_site(self, request: Request) -> None:
         """Refuse what another site's page has asked for, and what a browser fetches before its user asks."""
@@ -1215,7 +1293,8 @@ class Access:
             is_own = site in ("same-origin", "none") or is_visit  # which runs nothing
         if not is_own and not self._is_allowed_origin(request):
             who = _printable(get("origin") or site or "")
-            raise Error(f"a page of another site ({who}) may not use this server: --allow-origin would let it", 403)
+            way = self._name("allow_origins")
+            raise Error(f"a page of another site ({who}) may not use this server: {way} would let it", 403)
 
     def _is_allowed_origin(self, request: Request) -> bool:
         return request.headers.get("origin", "").lower() in self._origins
@@ -1317,7 +1396,7 @@ class Site:
         self._own = _own_commands(bool(settings.token)) if settings.insight else {}
         self._log = ExitStack()
         if settings.insight and settings.log:
-            self._log.enter_context(_program_log.standing(keep_bytes=settings.log))
+            self._log.enter_context(_program_log.watch(settings.log))
 
     def open_source(self) -> None:
         """Begin to read standard input, if that is one of the commands. Raises Error."""
@@ -1380,7 +1459,7 @@ class Site:
         elif takes_input and request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Error("the body is passed to the command as it is: send it as curl -T or --data-binary does", 415)
         entry = _Entry(name, command, values)
-        options, headers = _read_options(entry, request, self._settings)
+        options, headers = self._read_options(entry, request)
         keeping = self._find_keeping(entry, request, takes_input)
         if re.fullmatch("bytes=0*[1-9][0-9]*-", request.range):
             raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
@@ -1406,13 +1485,13 @@ class Site:
 
     def _open_spool(self, request: Request) -> Transcript | None:
         """Where the output of a run is held whose end is waited for. Raises Error."""
-        return _open_transcript(self._settings, self._settings.transcript_bytes) if request.is_on("wait") else None
+        return _open_transcript(self._settings, self._settings.transcript_bytes) if _is_on(request, "wait") else None
 
     def _find_keeping(self, entry: _Entry, request: Request, takes_input: bool) -> str:
         """How the run is kept: "async", "shared", or not at all. Raises Error if it cannot be kept as asked."""
         can_keep = self._can_keep and entry.name in self.commands and not takes_input
         prefers_async = can_keep and "respond-async" in _split_list(request.headers.get("prefer", ""))
-        is_async, waits = request.is_on("async", "1" if prefers_async else "0"), request.is_on("wait")
+        is_async, waits = _is_on(request, "async", "1" if prefers_async else "0"), _is_on(request, "wait")
         if (is_async or waits) and not can_keep:
             raise Error("parameters 'wait' and 'async' are not available here, or for a command with input")
         keeping = "async" if is_async else "shared" if self._can_keep and entry.command.shared and not waits else ""
@@ -1439,7 +1518,7 @@ class Site:
     def _answer_kept(self, request: Request) -> Reply:
         """Show a kept run, or stop it."""
         entry = self.runs.find(request.path[len("/-/runs/") :])
-        _, request.options = _sort_fields("/-/runs", (), request.fields, _REPLAY_OPTIONS)
+        _, request.options = _sort_fields("/-/runs", {}, request.fields, _REPLAY_OPTIONS)
         if request.method in ("DELETE", "POST"):
             entry.run.stop(_ON_REQUEST)
             if "text/html" in request.accepted:
@@ -1453,11 +1532,11 @@ class Site:
         """Answer with what a kept run has written, and goes on to write. A range, bytes=N-, is that of a run, as at the
         address of a shared command it would name another each time; others are ignored (RFC 9110 section 14.2)."""
         transcript, outcome, end = entry.transcript, entry.transcript.outcome, entry.transcript.end
-        options, headers = _read_options(entry, request, self._settings)
-        waits = request.is_on("wait")
-        follows = waits or request.is_on("follow", "1")
-        has_extras = options.timestamps or options.hostname or options.notes == "always"
-        is_bare = options.format == "text" and not (waits or has_extras)
+        options, headers = self._read_options(entry, request)
+        waits = _is_on(request, "wait")
+        follows = waits or _is_on(request, "follow", "1")
+        has_extras = waits or options.timestamps or options.hostname or options.notes == "always"
+        is_bare = options.format == "text" and not has_extras
         can_range = is_bare and request.path.startswith("/-/runs/")
         wanted = re.fullmatch(r"bytes=([0-9]{1,15})-", request.range) if can_range else None
         start = int(wanted[1]) if wanted else _find_start(transcript, request)
@@ -1485,6 +1564,37 @@ class Site:
         if not wanted and length is None:
             format_ = _FORMATS[options.format][0](options._replace(offset=start), run.clock)
         return Reply(206 if wanted else 200, headers, run=run, format=format_, length=length, spool=spool)
+
+    def _read_options(self, entry: _Entry, request: Request) -> tuple[Options, dict[str, str]]:
+        """How a request wants its output, by the server's own options or else by its Accept header; and the headers
+        that describe it. Raises Error."""
+        command, given, options = entry.command, request.options, Options(notes="never")
+        headers = {"Content-Type": command.type, "Vary": "Accept"}
+        if command.is_plain_text:
+            # A person wants to see the end; to a program the output is whole without a line of ours.
+            notes = "always" if "text/html" in request.accepted else "cut"
+            if "footer" in given:
+                notes = "always" if _is_on(request, "footer") else "never"
+            format_ = given.get("format") or _negotiate(request.accepted)
+            usual = self._settings.heartbeat_seconds
+            if usual is None:  # a WSGI server tells by a failing write that the client has left
+                usual = inf if self._can_keep or format_ in ("text", "sse") else _SSE_COMMENT_SECONDS
+            options = Options(
+                format_,
+                notes,
+                timestamps=_is_on(request, "timestamps"),
+                hostname=socket.gethostname() if _is_on(request, "hostname") else "",
+                heartbeat_seconds=float(given.get("heartbeat", usual)),
+                title=f"{entry.name}: {command.line}",
+                is_report=command.is_report,
+                columns=(command.terminal or self._settings.terminal_size)[0],
+            )
+            headers["Content-Type"] = _FORMATS[options.format][1]
+        elif given.get("format", "text") != "text":
+            raise Error(f"parameter 'format' is not available: the output is {command.type}, and sent as it is")
+        if options.format == "html":
+            headers["Content-Security-Policy"] = _VIEW_POLICY
+        return options, headers
 
     def _list_runs(self, request: Request) -> Reply:
         """The kept runs: as a page that reloads itself, as JSON, or one a line."""
@@ -1541,7 +1651,10 @@ class Site:
 
 
 def _sort_fields(
-    name: str, parameters: Iterable[str], fields: Iterable[tuple[str, str]], known: Mapping[str, tuple[str, str]]
+    name: str,
+    parameters: Mapping[str, Parameter],
+    fields: Iterable[tuple[str, str]],
+    known: Mapping[str, tuple[str, str]],
 ) -> tuple[_Texts, _Texts]:
     """Part the fields of a request into values of parameters and the server's own options. Raises Error."""
     values: dict[str, str] = {}
@@ -1549,7 +1662,10 @@ def _sort_fields(
     for key, value in fields:
         target = values if key in parameters else options
         if key in target:
-            raise Error(f"parameter {key[:200]!r} of {name!r} is given twice")
+            if not (target is values and parameters[key].is_list):
+                raise Error(f"parameter {key[:200]!r} of {name!r} is given twice")
+            target[key] += f"\n{value}"
+            continue
         if target is options:
             if key not in known:
                 raise Error(f"{name!r} has no parameter {key[:200]!r}; known are: {', '.join([*parameters, *known])}")
@@ -1559,6 +1675,11 @@ def _sort_fields(
     return values, options
 
 
+def _is_on(request: Request, switch: str, default: str = "0") -> bool:
+    """Whether an option that is yes or no is on."""
+    return request.options.get(switch, default) != "0"
+
+
 def _parse_form(request: Request) -> list[tuple[str, str]]:
     if not re.match(r"(?i)application/x-www-form-urlencoded\s*(;|$)", request.headers.get("content-type", "")):
         raise Error("the body must be a form (application/x-www-form-urlencoded), as curl -d sends it", 415)
@@ -1566,30 +1687,6 @@ def _parse_form(request: Request) -> list[tuple[str, str]]:
         return _parse_query(request.read_body().decode())
     except UnicodeDecodeError:
         raise Error("the form must be UTF-8") from None
-
-
-def _read_options(entry: _Entry, request: Request, settings: Settings) -> tuple[Options, dict[str, str]]:
-    """How a request wants its output, by the server's own options or else by its Accept header; and the headers that
-    describe it. Raises Error."""
-    command, given, options = entry.command, request.options, Options(notes="never")
-    headers = {"Content-Type": command.type, "Vary": "Accept"}
-    if command.is_plain_text:
-        # A person wants to see the end; to a program the output is whole without a line of ours.
-        notes = "always" if "text/html" in request.accepted else "cut"
-        if "footer" in given:
-            notes = "always" if request.is_on("footer") else "never"
-        hostname = socket.gethostname() if request.is_on("hostname") else ""
-        format_, heartbeat = given.get("format") or _negotiate(request.accepted), float(given.get("heartbeat", "inf"))
-        title = f"{entry.name}: {command.line}"
-        columns, _ = command.terminal or settings.terminal_size
-        stamps = request.is_on("timestamps")
-        options = Options(format_, notes, stamps, hostname, heartbeat, 0, title, command.is_report, columns)
-        headers["Content-Type"] = _FORMATS[options.format][1]
-    elif given.get("format", "text") != "text":
-        raise Error(f"parameter 'format' is not available: the output is {command.type}, and sent as it is")
-    if options.format == "html":
-        headers["Content-Security-Policy"] = _VIEW_POLICY
-    return options, headers
 
 
 def _negotiate(accepted: Mapping[str, float]) -> str:
@@ -1695,6 +1792,7 @@ _CHOICE = re.compile(rf"{_WORD}(?:\|{_WORD})+")
 _TYPES = {  # the pattern of a value, and what an error demands
     "word": (_WORD, "must be word (letters, digits and _.,:@%+=-)"),
     "int": (r"-?[0-9]+", "must be int"),
+    "float": (r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", "must be float"),
     "path": (r"[A-Za-z0-9_.,:@%+=/-]+", "must be path (letters, digits and _.,:@%+=-/)"),
     "text": (r"(?s:.*)", "must be printable text"),
 }
@@ -1745,9 +1843,13 @@ class Parameter(NamedTuple):
     pattern: re.Pattern[str]
     default: str | None
     choices: Sequence[str]
+    is_list: bool = False  # whether it may be given more than once: each value is a line
 
     def find_problem(self, value: str, starts_argument: bool = True, may_be_option: bool = False) -> str:
         """What is wrong with a value where it is to stand, or an empty string."""
+        if self.is_list:
+            find = partial(self._replace(is_list=False).find_problem, may_be_option=True)
+            return next(filter(None, map(find, value.splitlines())), "")
         if not self.pattern.fullmatch(value) or "\0" in value or (self.type == "text" and not value.isprintable()):
             return _TYPES.get(self.type, ("", f"must {'be' if self.choices else 'match'} {self.type}"))[1]
         if self.type != "text" and _UP.search(value):
@@ -1797,7 +1899,7 @@ def _check_script(marked: str, parameters: Mapping[str, Parameter]) -> None:
     """Refuse a parameter whose value a shell could split, expand, evaluate or run where it stands."""
     for name in _MARK.findall(_ASSIGNMENTS.sub("", marked, count=1)):
         one = parameters[name]
-        if one.type not in ("word", "int", "path") and not one.choices:
+        if one.type not in ("word", "int", "float", "path") and not one.choices:
             raise ConfigError(
                 f"parameter {name!r} of type {one.type} may stand only in assignments at the beginning of the "
                 f'script, where a shell does not split it: !{name}={{{name}:{one.type}}}; ... "${name}"'
@@ -1839,13 +1941,6 @@ class Call(NamedTuple):
         return f"{getattr(self.function, '__qualname__', self.function)}({arguments})"
 
 
-def _read_switch(text: str) -> Any:
-    import configparser
-
-    return configparser.ConfigParser.BOOLEAN_STATES.get(text.lower(), text)
-
-
-_SWITCH_RULE = _Rule(_read_switch, (True, False).__contains__, "yes or no")
 _OPTIONS = {  # of a command
     "command": _TEXT,
     "about": _TEXT,
@@ -1854,14 +1949,18 @@ _OPTIONS = {  # of a command
     "max": _COUNT_1,
     "stderr": _Rule(str, ("merge", "separate", "discard").__contains__, "merge, separate or discard"),
     "stdin": _SWITCH_RULE,
-    "pty": _Rule(_read_switch, (True, False, "echo").__contains__, "yes, no or echo"),
+    "pty": _Rule(_read_switch, (True, False, "echo").__contains__, "yes, no or echo", "True, False or 'echo'"),
     "terminal": _TERMINAL,
     "shared": _SWITCH_RULE,
-    "cwd": _TEXT,
+    "cwd": _FOLDER,
     "env": _Rule(
         lambda text: dict(line.strip().split("=", 1) for line in text.splitlines() if line.strip()),
-        lambda env: all(re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and "\0" not in env[name] for name in env),
+        lambda env: (
+            isinstance(env, Mapping)
+            and all(re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and "\0" not in env[name] for name in env)
+        ),
         "NAME=value, one a line",
+        "a dict of names and texts",
     ),
     "type": _Rule(str, re.compile(r"[!-~]+/[!-~]+( *;[ -~]+)?").fullmatch, "a Content-Type such as text/csv"),
 }
@@ -1882,7 +1981,7 @@ class Command:
         this program's environment, as it is when the Command is made. type: the Content-Type of the output.
     """
 
-    command: Union[str, Sequence[str], _Function]
+    command: Union[str, Sequence[Union[str, os.PathLike[str]]], _Function]
     about: str = ""
     method: Optional[str] = None
     timeout: Optional[float] = None
@@ -1892,20 +1991,29 @@ class Command:
     pty: _Pty = False
     terminal: Optional[tuple[int, int]] = None
     shared: bool = False
-    cwd: Optional[str] = None
+    cwd: Union[str, os.PathLike[str], None] = None
     env: _Texts = dataclasses.field(default_factory=dict)
     type: str = _PLAIN_TEXT
     is_report = False  # whether a page of it opens at its beginning, and does not follow its end
 
     def __post_init__(self) -> None:
-        given = self.command
+        self._check_options()
+        given: Any = self.command
+        if not (isinstance(given, str) or callable(given)):
+            try:
+                given = list(map(os.fsdecode, [given] if isinstance(given, Mapping) else given))
+            except TypeError:
+                what = f"it must be a command line, a list of arguments or a callable: {self.command!r}"
+                raise ConfigError(what) from None
+            self.command = given
+        if callable(given):
+            self.about = self.about or (inspect.getdoc(given) or "").partition("\n")[0]
         self.is_source = given == "-"  # the server's own standard input
         self.is_shell = isinstance(given, str) and given.lstrip().startswith("!")
         self.shared = self.shared or self.is_source
         self.method = self.method or ("POST" if self.stdin else "GET")
         self.methods = sorted({self.method, *(("POST", "PUT") if self.stdin else ())})
         self.is_plain_text = bool(re.match("(?i)text/plain *(;|$)", self.type))  # a note of ours may follow
-        self._check_options()
         self.parameters: dict[str, Parameter] = {}
         if callable(given):
             self._converts = dict(_read_signature(given, self.parameters))
@@ -1937,11 +2045,11 @@ class Command:
     def _check_options(self) -> None:
         for name, rule in _OPTIONS.items():
             value = getattr(self, name)
-            if value is not None and not rule.is_right(value):
-                raise ConfigError(f"{name} must be {rule.demand}: {value!r}")
-        if callable(self.command) and (self.stdin or self.pty):
-            raise ConfigError("a task has neither standard input nor a terminal")
-        if self.shared and self.stdin:
+            if name != "command" and value != Command.__dataclass_fields__[name].default:
+                rule.check(name, value)
+        if callable(self.command) and (self.stdin or self.pty or self.env or self.cwd):
+            raise ConfigError("a task has no process: stdin, pty, env and cwd are not for it")
+        if (self.shared or self.command == "-") and self.stdin:
             raise ConfigError("a command cannot be both shared and stdin: its viewers would share one input")
 
     def _read_words(self, words: Sequence[str]) -> list[str]:
@@ -1961,7 +2069,7 @@ class Command:
             raise ConfigError("the program itself cannot be a parameter")
         return marked
 
-    def bind(self, name: str, values: _Texts, stderr: str = "merge", stdin: str = "none") -> Launch | Call:
+    def bind(self, name: str, values: _Texts, stderr: str = "merge", stdin: str = "none") -> Union[Launch, Call]:
         """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text.
 
         `stderr` is where standard error goes unless the command itself says so, `stdin` what standard input is.
@@ -1984,7 +2092,8 @@ class Command:
             argv = ["/bin/sh", "-c", _MARK.sub(r"${arg_\1}", self._arguments[0])]
             env = {**env, **{f"arg_{key}": value for key, value in bound.items()}}
         stderr = self.stderr or ("merge" if self.pty else stderr)
-        return Launch(argv, env, self.cwd, stderr, "own" if self.is_source else stdin, self.pty, self.terminal)
+        cwd = os.fspath(self.cwd) if self.cwd else None
+        return Launch(argv, env, cwd, stderr, "own" if self.is_source else stdin, self.pty, self.terminal)
 
     def _complete(self, of: str, bound: _Texts, argument: str) -> str:
         """Put values into an argument, or into a script. Raises Error for one that must not stand there."""
@@ -2009,35 +2118,74 @@ class Command:
         return text
 
 
-def _read_signature(task: _Function, parameters: dict[str, Parameter]) -> Iterator[tuple[str, Callable[[str], object]]]:
+def _read_signature(task: Any, parameters: dict[str, Parameter]) -> Iterator[tuple[str, Callable[[str], object]]]:
     """Add the parameters of a task to the others; yields how each is made of text. Raises ConfigError."""
-    if inspect.iscoroutinefunction(task) or inspect.isasyncgenfunction(task):
-        raise ConfigError("a task runs in a thread of its own: it cannot be a coroutine (wrap it in asyncio.run)")
+    function = _find_function(task)
     try:
         signature = inspect.signature(task)
-        hints = typing.get_type_hints(task if hasattr(task, "__globals__") else type(task).__call__)
+        given = {one.name: one.annotation for one in signature.parameters.values() if one.annotation is not one.empty}
+        known = getattr(inspect.unwrap(function), "__globals__", {})
+        hints = typing.get_type_hints(SimpleNamespace(__annotations__=given), known)  # without that of the result
     except (NameError, TypeError, ValueError) as error:
         raise ConfigError(f"the signature of the task cannot be read: {error}") from None
     for name, parameter in signature.parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ConfigError(f"parameter {name!r} of a task must be one that is given by its name")
-        annotation, default = hints.get(name, str), parameter.default
-        choices = {}
-        if typing.get_origin(annotation) is Literal:
-            choices = {str(value): value for value in typing.get_args(annotation)}
-        elif hasattr(annotation, "__members__"):  # an Enum
-            choices = {member.value if isinstance(member.value, str) else member.name: member for member in annotation}
-        elif annotation not in (str, int):
+        has_default, default = parameter.default is not parameter.empty, parameter.default
+        annotation = hints.get(name, type(default) if has_default and default is not None else str)
+        try:
+            made, read = _read_annotation(name, annotation if default is not None else Optional[annotation])
+        except (LookupError, TypeError, ValueError):
             raise ConfigError(
-                f"parameter {name!r} of a task must be a str, an int, a Literal or an Enum: {annotation!r}"
-            )
-        known = choices or ({str(default): default} if isinstance(default, annotation) else {})
-        texts = [text for text, value in known.items() if value == default]
-        if not texts and default is not parameter.empty:
-            raise ConfigError(f"the default of parameter {name!r} is not of its type: {default!r}")
-        type_ = "|".join(choices) or ("int" if annotation is int else "text")
-        parameters[name] = _make_parameter(name, type_, texts[0] if texts else None, list(choices))
-        yield name, choices.__getitem__ if choices else annotation
+                f"parameter {name!r} of a task must be a str, int, float, bool, Path, Literal or Enum, or an Optional "
+                f"or a list of one: {annotation!r}"
+            ) from None
+        parameters[name] = made._replace(default=_text_of(default) if has_default else None)
+        yield name, read
+
+
+def _find_function(task: Any) -> _Function:
+    """The function of a task, which may be a partial or an object. Raises ConfigError for a coroutine."""
+    while isinstance(task, partial):
+        task = task.func
+    if not hasattr(task, "__globals__"):
+        task = getattr(task, "__func__", None) or type(task).__call__
+    if inspect.iscoroutinefunction(task) or inspect.isasyncgenfunction(task):
+        raise ConfigError("a task runs in a thread of its own: it cannot be a coroutine (wrap it in asyncio.run)")
+    return task  # type: ignore[no-any-return]
+
+
+def _read_annotation(name: str, annotation: Any) -> tuple[Parameter, Callable[[str], object]]:
+    """A parameter for values of a type, and what makes them of text. Raises LookupError, TypeError or ValueError for a
+    type that is not known."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if type(None) in arguments:  # empty text stands for None, as a form sends it
+        [inner] = set(arguments) - {type(None)}
+        made, read = _read_annotation(name, inner)
+        pattern = re.compile(f"(?:{made.pattern.pattern})?", made.pattern.flags)
+        made = made._replace(pattern=pattern, choices=made.choices and ["", *made.choices])
+        return made, lambda text: read(text) if text else None
+    if list in (origin, annotation):
+        made, read = _read_annotation(name, *(arguments or [str]))
+        return made._replace(is_list=True), lambda text: [*map(read, text.splitlines())]
+    if annotation is bool:
+        pattern = re.compile("1|0|yes|no|true|false|on|off", re.IGNORECASE)
+        return _make_parameter(name, "yes|no", None)._replace(pattern=pattern), _read_switch
+    if origin is Literal or isinstance(annotation, enum.EnumMeta):
+        known = {_text_of(value): value for value in arguments or annotation}
+        return _make_parameter(name, "|".join(known), None, list(known)), known.__getitem__
+    is_path = isinstance(annotation, type) and issubclass(annotation, os.PathLike)
+    type_ = "path" if is_path else {str: "text", int: "int", float: "float"}[annotation]
+    return _make_parameter(name, type_, None), annotation
+
+
+def _text_of(value: Any) -> str:
+    """A value as a URL has it."""
+    if isinstance(value, (list, tuple)):
+        return "\n".join(map(_text_of, value))
+    if isinstance(value, enum.Enum):
+        return value.value if isinstance(value.value, str) else value.name
+    return {None: "", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _make_command(name: str, options: _Texts, where: str = "") -> Command:
@@ -2447,28 +2595,6 @@ class _Runs:
             self._counts[f'run_seconds_total{{command="{name}"}}'] += outcome.seconds
 
 
-@contextmanager
-def _watchdog(run: Run, settings: Settings) -> Iterator[_Events]:
-    """Have a shell end the run's process group if this program is killed, which ends the shell's input. Yields what to
-    poll for the end of the shell."""
-    with ExitStack() as stack:
-        watched = {}
-        if isinstance(run, Process):
-            argv = ["/bin/sh", "-c", _WATCHDOG, f"{run.pid}", f"{settings.grace_seconds}"]
-            none, env = subprocess.DEVNULL, {"PATH": os.defpath}
-            try:
-                dog = subprocess.Popen(  # unbuffered, or in a fork closing its input could wait for a lock for ever
-                    argv, 0, stdin=subprocess.PIPE, stdout=none, stderr=none, cwd="/", env=env, start_new_session=True
-                )
-                pipe: Any = stack.enter_context(dog).stdin
-                _files.add(pipe)
-                stack.callback(dog.kill)  # before its input is closed
-                watched[pipe.fileno()] = 0
-            except OSError as error:
-                _log.warning("%s has no watchdog: %s", run, error)
-        yield watched
-
-
 class Run:
     """One execution, from its start until all of it is gone: what processes, tasks and replays have in common.
 
@@ -2554,9 +2680,9 @@ class Run:
         self._look_after()
         if before != (self.is_over, self.is_gone):  # nothing more may come to wake us
             return {}
+        watched, due = self.watched(is_paused)
+        ready = _poll({**others, **watched}, min(deadline, due))
         own = {self.bell.descriptor, self._exit} - self.outputs.keys()  # a replay's output is its bell
-        watched = dict.fromkeys([*own, *([] if is_paused else self.outputs)], POLLIN)
-        ready = _poll({**others, **watched}, min([deadline, *self._agenda.values()]))
         if own & ready.keys():
             self.bell.silence()
             self._look_for_exit()
@@ -2564,6 +2690,13 @@ class Run:
         for descriptor in own & ready.keys():
             del ready[descriptor]
         return ready
+
+    def watched(self, is_paused: bool = False) -> tuple[_Events, float]:
+        """What to poll for this run, and until when (monotonic())."""
+        outputs = () if is_paused else self.outputs
+        return dict.fromkeys([self.bell.descriptor, self._exit, *outputs], POLLIN), min(
+            self._agenda.values(), default=inf
+        )
 
     def later(self, seconds: float, action: _Action) -> None:
         """Have the thread that owns the run do something, unless all of the run is gone by then."""
@@ -2777,7 +2910,7 @@ class Process(Run):
                     self.outputs[file.fileno()] = stream, file
         self._terminal = next(iter(self.outputs)) if terminal else None
         if settings.child_nofile:
-            with suppress(AttributeError, OSError):  # it needs Linux, and the process may have ended already
+            with suppress(AttributeError, OSError, ValueError):  # it needs Linux; the process may have ended already
                 resource.prlimit(self.pid, resource.RLIMIT_NOFILE, settings.child_nofile)
         try:
             self._exit = self._held.enter_context(_own(os.pidfd_open(self.pid))).fileno()
@@ -2793,7 +2926,7 @@ class Process(Run):
         while view:
             stdin = self._stdin  # another thread may end the input
             if stdin is None or self.exit_code is not None:
-                raise BrokenPipeError("the command takes no input")
+                raise BrokenPipeError("the command takes no more input")
             try:
                 with self._lock:  # or it could be closed under our hands, and its number be that of another file
                     view = view[stdin.write(view) or 0 :]
@@ -2988,6 +3121,28 @@ def _exists(pid: int) -> bool:
     return False
 
 
+@contextmanager
+def _watchdog(run: Run, settings: Settings) -> Iterator[_Events]:
+    """Have a shell end the run's process group if this program is killed, which ends the shell's input. Yields what to
+    poll for the end of the shell."""
+    with ExitStack() as stack:
+        watched = {}
+        if isinstance(run, Process):
+            argv = ["/bin/sh", "-c", _WATCHDOG, f"{run.pid}", f"{settings.grace_seconds}"]
+            none, env = subprocess.DEVNULL, {"PATH": os.defpath}
+            try:
+                dog = subprocess.Popen(  # unbuffered, or in a fork closing its input could wait for a lock for ever
+                    argv, 0, stdin=subprocess.PIPE, stdout=none, stderr=none, cwd="/", env=env, start_new_session=True
+                )
+                pipe: Any = stack.enter_context(dog).stdin
+                _files.add(pipe)
+                stack.callback(dog.kill)  # before its input is closed
+                watched[pipe.fileno()] = 0
+            except OSError as error:
+                _log.warning("%s has no watchdog: %s", run, error)
+        yield watched
+
+
 class Task(Run):
     """A run that is a call of a function of this program, in a thread of its own.
 
@@ -2997,6 +3152,8 @@ class Task(Run):
 
     def __init__(self, call: Call, settings: Settings, timeout: float | None, release: _Action) -> None:
         super().__init__(f"task {call}", settings, timeout)
+        self.refusal: Error | None = None  # that it raised before it wrote anything
+        self.has_written = False
         self._write_lock = Lock()  # guards the writer: threads that the task starts may log, too
         reader, writer = os.pipe()
         self.outputs[reader] = "stdout", _own(reader)
@@ -3019,38 +3176,105 @@ class Task(Run):
             while view:
                 if self._is_killed or self._writer.closed:
                     raise BrokenPipeError("this run has ended")
+                self.has_written = True
                 view = view[self._writer.write(view) :]
+
+    def settle(self, client: _Connection | None = None, due: float = inf) -> Error | None:
+        """Wait for output or the end, but not longer than until something is due. Returns the Error that the task has
+        raised before any output, if so; it is over then."""
+        ready: _Events = {}
+        while not (self.is_over or ready.keys() & self.outputs.keys() or monotonic() >= due):
+            ready = self.wait(client.watched() if client else {}, due)
+            if client:
+                client.react(ready)
+        if self.refusal:
+            while not self.is_over:
+                for descriptor in self.wait({}):
+                    self.read(descriptor)
+        return self.refusal
 
     def _perform(self, call: Call, release: _Action) -> None:
         """Call the function, in its thread, which may outlast the run: it gives the slot back."""
         _task.set(self)
-        code = 1
+        code, text, failed = 1, "", None
         try:
-            with _program_log.standing():
+            with _program_log.watch():
                 self._write_result(call.function(**call.arguments))
             code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            text = f"{error.code}\n" if isinstance(error.code, str) else ""
+        except Error as error:  # before any output, it is the answer
+            self.refusal = None if self.has_written else error.with_traceback(None)  # which would hold all that it met
+            text = f"{error}\n"
         except BaseException as error:
             trace = error.__traceback__
             while trace and trace.tb_frame.f_code.co_filename == __file__:
                 trace = trace.tb_next
-            with suppress(OSError):
-                self.write("".join(traceback.format_exception(type(error), error, trace)).encode(errors="replace"))
+            failed = type(error), error, trace
+            text = "".join(traceback.format_exception(*failed))
+        with suppress(OSError):
+            self.write(text.encode(errors="replace"))
         with self._write_lock:
             self._writer.close()
         _task.set(None)
+        if failed:
+            _log.getChild("task").error("%s failed", self, exc_info=failed)  # /log shows it, unlike our own records
         release()
         self.later(-inf, partial(self._note_exit, code))  # before all else that is due
         self.bell.ring()
 
     def _write_result(self, result: object) -> None:
         """Write text and bytes as they are, anything else as a line of JSON."""
-        pieces = result if isinstance(result, Iterator) else iter([] if result is None else [result])
+        pieces = result if isinstance(result, Iterator) else iter([result])
         with closing(pieces) if hasattr(pieces, "close") else nullcontext():  # type: ignore[type-var]
             for piece in pieces:
-                data = piece if isinstance(piece, (str, bytes, bytearray, memoryview)) else json.dumps(piece) + "\n"
-                self.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else bytes(data))
+                if piece is not None:
+                    is_text = isinstance(piece, (str, bytes, bytearray, memoryview))
+                    data: Any = piece if is_text else json.dumps(_plain(piece)) + "\n"
+                    self.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else bytes(data))
                 if self.is_stopping:
                     break
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can say it; what nothing better is known for, as str() does."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(one) for key, one in value.items()}
+    if isinstance(value, Collection) and not isinstance(value, bytes):
+        return list(map(_plain, value))
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+class _Output(io.TextIOBase):
+    """A text file that writes to the output of a task."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self._task.write(text.encode("utf-8", "surrogateescape"))
+        return len(text)
+
+
+def output() -> TextIO:
+    """A text file for the output of the task that calls this, as for print(..., file=...); outside a task, sys.stdout.
+
+    What is written to it after the end of the run raises BrokenPipeError.
+    """
+    task: Any = _task.get()
+    return _Output(task) if task else sys.stdout  # type: ignore[return-value]
 
 
 _task: contextvars.ContextVar[Task | None] = contextvars.ContextVar("streamlog_task", default=None)
@@ -3115,12 +3339,15 @@ class Format:
     timer: Callable[[], float] = monotonic
     block_bytes = _BLOCK_MAX_BYTES  # to feed at a time; less for a format that writes much more than it is fed
     beginning = b""  # what stands before the output
+    comment_seconds = inf  # after which silence a sign of life is due, if no heartbeat is asked for
     _at_line_start = True
     _is_returned = False  # whether the last character was a carriage return
 
     def __post_init__(self) -> None:
+        heartbeat = self.options.heartbeat_seconds
+        self._quiet_seconds = heartbeat if heartbeat < inf else self.comment_seconds
         self._last_output = self.timer()  # when the run last wrote
-        self.due = self._last_output + self.options.heartbeat_seconds  # when `pause` is to be called
+        self.due = self._last_output + self._quiet_seconds  # when `pause` is to be called
         self._has_prefix = self.options.timestamps or self.options.hostname
         if self._has_prefix:
             self.block_bytes = _BLOCK_MIN_BYTES
@@ -3139,7 +3366,7 @@ class Format:
     def feed(self, stream: str, data: bytes) -> bytes:
         """Output of the run, as the client gets it."""
         self._last_output = self.timer()
-        self.due = self._last_output + self.options.heartbeat_seconds
+        self.due = self._last_output + self._quiet_seconds
         starts_line, self._at_line_start = self._at_line_start, data[-1:] == b"\n"
         if not self._has_prefix:
             return data
@@ -3156,7 +3383,7 @@ class Format:
     def pause(self) -> bytes:
         """Say that the run goes on."""
         now = self.timer()
-        self.due = now + self.options.heartbeat_seconds
+        self.due = now + self._quiet_seconds
         return self._note(f"[still running, silent for {now - self._last_output:.1f} s]")
 
     def end(self, outcome: Outcome) -> bytes:
@@ -3180,15 +3407,13 @@ class Ndjson(Format):
 
     block_bytes = _BLOCK_MIN_BYTES
     can_skip = True
-    comment_seconds = inf
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._record_time = ""  # of the last record of the program's log
         self._held: dict[str, tuple[bytes, float]] = {}  # by stream, a part of a line, and the moment it goes out
         self._offset = self.options.offset
-        heartbeat = self.options.heartbeat_seconds
-        self._quiet_seconds = heartbeat if heartbeat < inf else self.comment_seconds
-        self._quiet_due = self.due = self._last_output + self._quiet_seconds
+        self._quiet_due = self.due
 
     def feed(self, stream: str, data: bytes) -> bytes:
         now = self._last_output = self.timer()
@@ -3239,12 +3464,23 @@ class Ndjson(Format):
         return json.dumps({"time": _timestamp(time.time()), "silent_seconds": round(seconds, 1)}) + "\n"
 
     def _write_lines(self, stream: str, lines: bytes, is_partial: bool) -> str:
+        if "\t" in stream:  # of the program's log
+            return "".join(map(partial(self._write_record, stream), lines.decode(errors="replace").split("\n")))
         quote = json.encoder.encode_basestring_ascii
         host = f'"host": {quote(self.options.hostname)}, ' if self.options.hostname else ""
         head = f'{{"time": "{_timestamp(self.clock())}", {host}"stream": "{stream}", "line": '
         tail = ', "partial": true}\n' if is_partial else "}\n"
         texts = lines.decode(errors="surrogateescape").split("\n")
         return head + f"{tail}{head}".join(map(quote, texts)) + tail
+
+    def _write_record(self, stream: str, text: str) -> str:
+        """A line of a log record. Those behind its first one have its time, too."""
+        _, level, logger, thread = stream.split("\t")
+        time_, head, line = text.partition(f" {level} {logger}: ")
+        if head and " " not in time_:
+            self._record_time, text = time_, line
+        record = {"time": self._record_time, "level": level, "logger": logger, "thread": thread, "line": text}
+        return json.dumps(record) + "\n"
 
     def _write_end(self, outcome: Outcome) -> str:
         end = {
@@ -3268,7 +3504,7 @@ class Sse(Ndjson):
         # With an id from the start, every reconnect of an EventSource has a Last-Event-ID, and starts nothing.
         self.beginning = b"id: %d\n\n" % self._offset
         make = codecs.getincrementaldecoder("utf-8")  # a part may end within a character
-        self._decoders = {stream: make("replace") for stream in ("stdout", "stderr")}
+        self._decoders = make("replace"), make("replace")  # of standard output, and of standard error
 
     def _write_silence(self, seconds: float) -> str:
         return (
@@ -3284,7 +3520,7 @@ class Sse(Ndjson):
 
     def _write_lines(self, stream: str, lines: bytes, is_partial: bool) -> str:
         event = "event: stderr\n" * (stream == "stderr") + "partial: true\n" * is_partial
-        texts = self._decoders[stream].decode(lines, not is_partial).split("\n")
+        texts = self._decoders[stream == "stderr"].decode(lines, not is_partial).split("\n")
         if b"\r" in lines:  # it would end the field
             texts = [text.strip("\r").replace("\r", "\ndata: ") for text in texts]
         events = []
@@ -3351,8 +3587,8 @@ class Html(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._lanes = {"stdout": _Lane("<samp>"), "stderr": _Lane('<samp class="e">')}
-        self._lane = self._lanes["stdout"]  # of the last line
+        self._lanes = _Lane("<samp>"), _Lane('<samp class="e">')
+        self._lane = self._lanes[0]  # of the last line
         self._cells: list[tuple[str, str]] = []  # its characters and their tags, by columns
         self._added: list[tuple[str, str]] = []  # text and its tags, not yet in the cells
         style = _VIEW_STYLE + "main { display: block }" * self.options.is_report
@@ -3361,16 +3597,16 @@ class Html(Format):
 
     def feed(self, stream: str, data: bytes) -> bytes:
         self._last_output = self.timer()
-        self.due = self._last_output + self.options.heartbeat_seconds
+        self.due = self._last_output + self._quiet_seconds
         stamp = f"<time>{_timestamp(self.clock())}</time> " if self.options.timestamps else ""
         self._prefix = f"{stamp}<b>{html.escape(self.options.hostname)}</b> " if self.options.hostname else stamp
-        lane = self._lanes[stream]
+        lane = self._lanes[stream == "stderr"]
         written = "".join(self._write(lane, lane.held + lane.decode(data))) + self._redraw()
         self._settle()
         return written.encode()
 
     def end(self, outcome: Outcome) -> bytes:
-        rest = [self.feed(stream, b"\x18") for stream in self._lanes]  # CAN cancels an unfinished sequence
+        rest = [self.feed(stream, b"\x18") for stream in ("stdout", "stderr")]  # CAN cancels an unfinished sequence
         note = self._note(outcome.note) if self.options.notes != "never" else self._close_line().encode()
         return b"".join(rest) + note + b"</div></div></main></body></html>\n"
 
@@ -3772,7 +4008,7 @@ class _Replay(Run):
             self._note_exit(0)
         elif not data or (self._wants and not self._wants(stream)):
             raise BlockingIOError
-        self.stream = "stderr" if stream == "stderr" else "stdout"
+        self.stream = stream
         return data
 
     def clock(self) -> float:
@@ -3801,9 +4037,8 @@ def _open_transcript(settings: Settings, size: int) -> Transcript:
         _files.add(file)
         return Transcript(size, file)
     except OSError as error:
-        raise _busy(
-            f"cannot keep a transcript in {folder!r} ({error.strerror})", "make room, or set another with --transcripts"
-        ) from None
+        advice = f"make room, or set another by {settings._name('transcripts')}"
+        raise _busy(f"cannot keep a transcript in {folder!r} ({error.strerror})", advice) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3838,30 +4073,25 @@ def _record_text(record: LogRecord) -> str:
     return (f"{text}\n{record.stack_info}" if record.stack_info else text)[:_RECORD_CHARACTERS]
 
 
-class _ProgramLog(logging.Handler):
+class _ProgramLog:
     """The program's log records: in a transcript for viewers, and in the output of the task that logged them.
 
-    It is the only handler that we have. It stands on the root logger while somebody views the log or a task runs, and
-    on a logger that does not propagate, if a viewer asks for that one.
+    While somebody views the log or a task runs, a record comes here from the logger itself, after its filters: what
+    handlers there are, and which loggers propagate, does not matter, and may change.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # its lock guards what follows; logging makes it anew in a forked process
-        self._stands: list[tuple[Logger, int]] = []  # where it stands, and the bytes to keep for that
         self.transcript: Transcript | None = None
-        self._is_gathering = False
+        self.let_go()
+        self._kept: list[int] = []  # for each that watches, the bytes to keep
+        self._stands = False  # whether it stands in for this
+        self._call_handlers = self._original = Logger.callHandlers
 
-    def handle(self, record: LogRecord) -> bool:
-        """Handle a record without the lock of handlers: a task whose client does not read must not stop all logging."""
-        try:
-            self.emit(record)
-        except Exception:
-            self.handleError(record)
-        # If the program has no handler, warnings still go to stderr, which logging no longer does with ours there.
-        last, handlers = logging.lastResort, {one for logger in _loggers(record.name) for one in logger.handlers}
-        if last and record.levelno >= last.level and handlers == {self}:
-            last.handle(record)
-        return True
+    def let_go(self) -> None:
+        """Begin anew in a forked process: a thread that is not in it may hold a lock."""
+        self._lock = RLock()  # guards all else
+        self._is_gathering = False
+        self.transcript = Transcript(self.transcript.size) if self.transcript else None
 
     def emit(self, record: LogRecord) -> None:
         line = f"{record.levelname} {record.name}: {_record_text(record)}\n".encode(errors="backslashreplace")
@@ -3869,10 +4099,11 @@ class _ProgramLog(logging.Handler):
         if task is not None:
             with suppress(OSError):
                 task.write(line)
-        with self.lock:  # type: ignore[union-attr]
-            if self.transcript:  # its streams are level and logger, for viewers to choose by
+        with self._lock:
+            if self.transcript:  # a stream is what its record says, for viewers to choose by
                 line = f"{_timestamp(record.created)} ".encode() + line
-                self.transcript.write(f"{record.levelno} {record.name}", line)
+                names = (str(record.levelno), record.levelname, record.name, str(record.threadName))
+                self.transcript.write("\t".join(name.replace("\t", " ") for name in names), line)
                 if self.transcript.waiting and not self._is_gathering:
                     _start_thread("streamlog-log", self._gather)
                     self._is_gathering = True
@@ -3880,38 +4111,40 @@ class _ProgramLog(logging.Handler):
     def _gather(self) -> None:
         """Wake viewers a hundred times a second at most: more often, they would slow down the threads that log."""
         time.sleep(0.01)
-        with self.lock:  # type: ignore[union-attr]
+        with self._lock:
             transcript, self._is_gathering = self.transcript, False
         if transcript:
             transcript.wake()
 
-    def let_go(self) -> None:
-        """Begin anew in a forked process: a thread that is not in it may hold the lock of the transcript."""
-        self._is_gathering = False
-        if self.transcript:
-            self.transcript = Transcript(self.transcript.size)
-
     @contextmanager
-    def standing(self, place: Logger = logging.root, keep_bytes: int = 0) -> Iterator[Transcript | None]:
-        """Be a handler of a logger meanwhile, and keep so many bytes of the newest records."""
-        stand = (place, keep_bytes)
-        with self.lock:  # type: ignore[union-attr]
-            self._stands.append(stand)
-            place.addHandler(self)
+    def watch(self, keep_bytes: int = 0) -> Iterator[Transcript | None]:
+        """See all records meanwhile, and keep so many bytes of the newest."""
+        with self._lock:
+            self._kept.append(keep_bytes)
+            if not self._stands or Logger.callHandlers is self._original:  # put back by another that stood before us
+                self._stands, self._call_handlers = True, Logger.callHandlers
+                Logger.callHandlers = _call_handlers  # type: ignore[assignment,method-assign]
             if keep_bytes and not self.transcript:
                 self.transcript = Transcript(max(keep_bytes, _LOG_BYTES))
         try:
             yield self.transcript
         finally:
-            with self.lock:  # type: ignore[union-attr]
-                self._stands.remove(stand)
-                if place not in dict(self._stands):
-                    place.removeHandler(self)
-                if not any(keep_bytes for _, keep_bytes in self._stands):
+            with self._lock:
+                self._kept.remove(keep_bytes)
+                if not any(self._kept):
                     self.transcript = None
+                if not self._kept and Logger.callHandlers is _call_handlers:  # or else another stands before it
+                    self._stands, Logger.callHandlers = False, self._call_handlers  # type: ignore[method-assign]
 
 
 _program_log = _ProgramLog()
+
+
+def _call_handlers(logger: Logger, record: LogRecord) -> None:
+    """Logger.callHandlers, while somebody watches."""
+    _program_log._call_handlers(logger, record)
+    with suppress(Exception):
+        _program_log.emit(record)
 
 
 def _follow_log(tail: int = 10, level: str = "", logger: str = "", follow: Literal[1, 0] = 1) -> _Maker:
@@ -3920,16 +4153,14 @@ def _follow_log(tail: int = 10, level: str = "", logger: str = "", follow: Liter
 
     def wants(stream: str) -> bool:
         """Whether a record is of the logger or below, at the level or above; our own are shown only on request."""
-        number, _, name = stream.partition(" ")
+        number, _, name, _ = stream.split("\t")
         is_below = not logger or f"{name}.".startswith(f"{logger}.")
         return is_below and int(number) >= least and (name != _log.name or logger == _log.name)
-
-    *_, place = _loggers(logger)
 
     def make(settings: Settings, timeout: float | None, release: _Action) -> Run:
         with ExitStack() as stack:
             stack.callback(release)
-            transcript = stack.enter_context(_program_log.standing(place, _LOG_BYTES))
+            transcript = stack.enter_context(_program_log.watch(_LOG_BYTES))
             assert transcript
             starts, at, end = collections.deque[int](maxlen=max(0, tail)), transcript.start, transcript.end
             while at < end:
@@ -3943,15 +4174,13 @@ def _follow_log(tail: int = 10, level: str = "", logger: str = "", follow: Liter
     return make
 
 
-def _loggers(name: str) -> Iterator[Logger]:
-    """The logger of a name, or else the nearest above it, and then those that it passes records on to."""
+def _find_logger(name: str) -> Logger:
+    """The logger of a name, or else the nearest above it."""
     there = Logger.manager.loggerDict  # logging.getLogger would create a logger, and takes a lock
     while name and not isinstance(there.get(name), Logger):
         name = name.rpartition(".")[0]
-    logger: Any = there.get(name, logging.root)
-    while logger:
-        yield logger
-        logger = logger.parent if logger.propagate else None
+    found: Any = there.get(name, logging.root)
+    return found  # type: ignore[no-any-return]
 
 
 def _read_level(text: str) -> int:
@@ -3972,7 +4201,7 @@ def _show_levels(logger: str = "") -> str:
         raise Error(f"there is no logger {logger[:200]!r} (yet)", 404)
     own = sorted(name for name, found in there.copy().items() if isinstance(found, Logger) and found.level)
     names = [logger] if logger else ["root", *own]
-    return "".join(f"{name} {logging.getLevelName(next(_loggers(name)).getEffectiveLevel())}\n" for name in names)
+    return "".join(f"{name} {logging.getLevelName(_find_logger(name).getEffectiveLevel())}\n" for name in names)
 
 
 def _set_level(level: str, logger: str = "root") -> str:
@@ -4046,8 +4275,9 @@ def _form_fields(command: Command) -> Iterator[str]:
         else:
             kind = "number" if parameter.type == "int" else "text"
             value, title = html.escape(default), html.escape(parameter.find_problem("\0"))
-            required = "" if parameter.pattern.fullmatch("") else " required"
-            yield f'<label>{name}<input type="{kind}" name="{name}" value="{value}" title="{title}"{required}></label>'
+            about = f'name="{name}" title="{title}"{" required" * bool(parameter.find_problem(""))}'
+            field = f'<input type="{kind}" value="{value}" {about}>'
+            yield f"<label>{name}{f'<textarea {about}>{value}</textarea>' if parameter.is_list else field}</label>"
 
 
 def _index_page(commands: _Commands, lines: _Texts, keepable: Iterable[str]) -> Reply:
@@ -4130,8 +4360,8 @@ section { padding: .7rem 0; border-bottom: 1px solid var(--line) }
 code, input.curl { font-family: ui-monospace, monospace; overflow-wrap: anywhere }
 section form, .row { display: flex; flex-wrap: wrap; gap: .4rem .6rem; align-items: end; margin: .4rem 0 }
 label { display: grid } a { color: var(--accent); overflow-wrap: anywhere }
-input, select, button { font: inherit; padding: .2rem .5rem; border: 1px solid var(--soft); border-radius: .3rem;
-  background: var(--page); color: var(--text); max-width: 100% }
+input, select, textarea, button { font: inherit; padding: .2rem .5rem; border: 1px solid var(--soft);
+  border-radius: .3rem; background: var(--page); color: var(--text); max-width: 100% }
 input.curl { width: 100% }
 button.start { background: var(--accent); border-color: var(--accent); color: var(--page) }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 1px }
@@ -4182,7 +4412,8 @@ _STOP = ' <form action="runs/ID" method="post"><button aria-label="Stop WHAT">St
 # ---------------------------------------------------------------------------------------------
 # embedding: what a program calls that embeds this module
 
-_Given = Union[str, Sequence[str], _Function, Command]
+_Given = Union[str, Sequence[Union[str, os.PathLike[str]]], _Function, Command]
+_AllGiven = Mapping[str, Any]  # each a _Given; a checker would take a dict of several kinds for one of objects
 _AHEAD_BYTES = 1 << 20  # of output that is kept while a program writes input
 
 _open: WeakSet[Any] = WeakSet()  # servers, streams and applications of this program
@@ -4201,39 +4432,45 @@ def _watch_program() -> None:
             owner.shutdown()
         for owner in list(_open):
             owner.close()
+        _reap(waits=True)
 
     def let_go() -> None:
-        global _look_lock  # noqa: PLW0603
+        global _look_lock, _reaping  # noqa: PLW0603
         _task.set(None)
         for owner in list(_open):
             if isinstance(owner, Server):  # a stream's run is the parent's, and knows it
-                owner.let_go()
+                owner._let_go()
         _open.clear()
+        _left.clear()
+        _reaping = Lock()
         for file in list(_files):
             file.close()
         _look_lock = Lock()  # a thread that is not in this process may have held it
         _program_log.let_go()
 
-    atexit.register(close)
+    import concurrent.futures.thread  # noqa: F401  # which joins its pools at the end: ours comes before, as the later one
+
+    getattr(threading, "_register_atexit", atexit.register)(close)
     os.register_at_fork(after_in_child=let_go)
 
 
-def _make_commands(commands: Mapping[str, _Given]) -> dict[str, Command]:
+def _make_commands(commands: _AllGiven) -> dict[str, Command]:
     """Commands as a program gives them. Raises ConfigError, which names the command."""
     made = {}
+    if not isinstance(commands, Mapping):
+        raise ConfigError(f"the commands must be a dict of names and commands: {commands!r}")
     for name, given in commands.items():
-        if not _NAME.fullmatch(name):
+        if not (isinstance(name, str) and _NAME.fullmatch(name)):
             raise ConfigError(f"a command's name is letters, digits, '.', '_' and '-': {name!r}")
         try:
-            about = (inspect.getdoc(given) or "").partition("\n")[0] if callable(given) else ""
-            made[name] = given if isinstance(given, Command) else Command(given, about)
+            made[name] = given if isinstance(given, Command) else Command(given)
         except ConfigError as error:
             raise ConfigError(f"command {name!r}: {error}") from None
     return made
 
 
 def start(  # noqa: PLR0913
-    commands: Mapping[str, _Given],
+    commands: _AllGiven,
     *,
     port: int = 8000,
     bind: str = "127.0.0.1",
@@ -4249,47 +4486,81 @@ def start(  # noqa: PLR0913
     fields of Settings. Raises ConfigError for a mistake in either, and OSError for an address that cannot be had.
     """
     settings.update(port=port, bind=bind, token=token, timeout_seconds=timeout_seconds, max_runs=max_runs, log=log)
-    return Server(_make_commands(commands), Settings(**settings)).start()
+    return _make_server(commands, settings).start()
 
 
-def serve(commands: Mapping[str, _Given], **settings: Any) -> None:
+def _make_server(commands: _AllGiven, given: Mapping[str, Any]) -> Server:
+    settings = Settings(**given)
+    try:
+        return Server(_make_commands(commands), settings)
+    except OSError as error:
+        error.filename = f"{settings.bind}:{settings.port}"
+        if error.errno == errno.EADDRINUSE:
+            error.strerror = (
+                f"{error.strerror}: where each of several processes serves, give port=0 (`url` tells which it got) or "
+                "bind=f'unix:/tmp/streamlog-{os.getpid()}.sock'"
+            )
+        raise
+
+
+def serve(commands: _AllGiven, **settings: Any) -> None:
     """Serve commands as `start` does, until KeyboardInterrupt or another exception ends it, and close."""
-    with Server(_make_commands(commands), Settings(**settings)) as server:
+    with _make_server(commands, settings) as server:
         server.serve_forever()
 
 
 def stream(command: _Given, /, **values: object) -> Stream:
     """Start a command at once; iterate over what is returned for its output, standard error included.
 
-    command: as for `start`. values: of its parameters; they are checked as values from a URL are. Raises Error for a
-    value that is refused or a program that cannot be started, and ConfigError for a mistake in the command.
+    command: as for `start`. values: of its parameters; those of a task are passed as they are, others are checked as
+    values from a URL are. Raises Error for a value that is refused or a program that cannot be started, and ConfigError
+    for a mistake in the command.
     """
+    made = command if isinstance(command, Command) else None
+    task = made.command if made else command
+    if callable(task):
+        _find_function(task)
+        try:
+            inspect.signature(task).bind(**values)
+        except TypeError as error:
+            raise Error(f"the task cannot be called with these values: {error}") from None
+        return Stream(Task(Call(task, values), Settings(), made.timeout if made else None, lambda: None))
     made = _make_commands({"stream": command})["stream"]
-    texts, _ = _sort_fields("stream", made.parameters, ((name, str(value)) for name, value in values.items()), {})
+    texts, _ = _sort_fields("stream", made.parameters, ((name, _text_of(one)) for name, one in values.items()), {})
     return Stream(_maker(made.bind("stream", texts, stdin="pipe"))(Settings(), made.timeout, lambda: None))
 
 
-class Stream(Iterator[bytes]):
+class Stream(Iterator[bytes], AsyncIterator[bytes]):
     """The output of one run as it comes, in pieces of any size, and a handle on the run. Made by `stream`.
 
-    It is a context manager, and closed at its end. One thread reads; another may write; any may `stop` or `close` it.
+    It is a context manager, and closed at its end. `async for` reads it through the event loop (asyncio). One thread or
+    coroutine reads; any thread may write, signal, stop or close it meanwhile (a signal handler may only stop it).
+    `write` and `wait` read too: up to 1 MiB of output is kept for the next reading; a command that writes more waits.
+    Ends and time limits are noticed only while somebody reads, waits, or asks for the exit code.
     """
 
     def __init__(self, run: Run, format_: Optional[Format] = None) -> None:
         self._run = run
         self._pieces = run.pieces(format_)
-        self._ahead = bytearray()  # output that came while something was written
-        self._reading = Lock()  # held by the one thread that reads
+        self._ahead = collections.deque[bytes]()  # output that came while something else was waited for
+        self._driving = Lock()  # held by the thread that looks after the run
         _close_at_exit(self)
 
     def __next__(self) -> bytes:
-        with self._reading:
-            piece = bytes(self._ahead) or next(filter(None, self._pieces), b"")
-            self._ahead.clear()
+        if not self._ahead:
+            with self._driving:
+                self._ahead.extend(itertools.islice(filter(None, self._pieces), not self._ahead))
+        piece = self._take()
         if piece:
             return piece
         self.close()
         raise StopIteration
+
+    def _take(self) -> bytes:
+        """The next piece of what is there; empty if nothing is."""
+        with suppress(IndexError):  # another thread may close it at the same time
+            return self._ahead.popleft()
+        return b""
 
     def __enter__(self) -> Stream:
         return self
@@ -4297,53 +4568,150 @@ class Stream(Iterator[bytes]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while piece := await self._read():
+            yield piece
+
+    async def __anext__(self) -> bytes:
+        piece = await self._read()
+        if piece:
+            return piece
+        raise StopAsyncIteration
+
+    async def _read(self) -> bytes:
+        """The next piece; empty at the end."""
+        try:
+            while not (self._ahead or self._run.is_over):
+                with suppress(OSError):  # another thread is closing it
+                    await _wait_in_loop(*self._run.watched())
+                self._read_ahead({}, -inf)
+        except BaseException:  # most likely, the reader was cancelled
+            self._leave()
+            raise
+        piece = self._take()
+        if not piece:
+            self._leave()
+        return piece
+
+    @property
+    def pid(self) -> Optional[int]:
+        """The process group, and the leader of it; None for a task."""
+        return getattr(self._run, "pid", None)
+
     @property
     def exit_code(self) -> Optional[int]:
         """The exit code, 128 + N for signal N; None while the run goes on."""
+        self._read_ahead({}, -inf)
+        return self._run.exit_code
+
+    @property
+    def reason(self) -> str:
+        """Why it was ended; empty if it goes on, or ended by itself."""
+        return self._run.reason
+
+    def wait(self, timeout: Optional[float] = None) -> int:
+        """Wait for the end; the exit code. Raises subprocess.TimeoutExpired after so many seconds."""
+        deadline = monotonic() + (inf if timeout is None else timeout)
+        while self._run.exit_code is None:
+            if monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self._run), timeout or 0)
+            self._read_ahead({}, min(deadline, monotonic() + _LOOK_SECONDS))
         return self._run.exit_code
 
     def write(self, data: bytes) -> None:
-        """Give the command input. Raises BrokenPipeError if it takes none, or no more.
-
-        While the command does not read it and no other thread reads its output, up to 1 MiB of that is kept for the
-        next reading; beyond that both wait.
-        """
+        """Give the command input. Raises BrokenPipeError if it takes none, or no more."""
         if not isinstance(self._run, Process):
             raise BrokenPipeError("the command takes no input")
         self._run.write(data, self._read_ahead)
 
     def _read_ahead(self, watched: _Events, deadline: float) -> None:
-        """Wait until the command takes input, and keep its output meanwhile unless another thread reads that."""
-        if len(self._ahead) >= _AHEAD_BYTES or not self._reading.acquire(blocking=False):
-            _poll(watched, deadline)
-            return
-        try:
-            for descriptor in self._run.wait(watched, deadline).keys() & self._run.outputs.keys():
-                self._ahead += self._run.read(descriptor)
-        finally:
-            self._reading.release()
+        """Wait, and keep output that comes meanwhile unless another thread reads it."""
+        run = self._run
+        if self._driving.acquire(blocking=False):
+            try:
+                if not run.is_gone and sum(map(len, list(self._ahead))) < _AHEAD_BYTES:
+                    ready = run.wait(watched, deadline).keys() & run.outputs.keys()
+                    self._ahead.extend(filter(None, map(run.read, ready)))
+                    return
+            finally:
+                self._driving.release()
+        _poll(watched, deadline)
 
     def close_stdin(self) -> None:
         """Tell the command that there is no more input."""
         if isinstance(self._run, Process):
             self._run.end_input()
 
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process group; a task does not notice."""
+        self._run._signal(number)
+
     def stop(self) -> None:
-        """Ask the run to end: SIGTERM to its group, or `stopping` to a task. What it still writes can be read."""
+        """Ask the run to end: SIGTERM to its group; for a task, `stopping()` turns true. What it still writes can be
+        read."""
         self._run.stop("stopped")
 
     shutdown = stop
 
     def close(self) -> None:
-        """Stop the run, and wait until all of it is gone, for the grace time at most. May be called twice."""
+        """Stop the run, and wait until all of it is gone: for the grace time of 5 s, and 2 s to give up. May be called
+        twice."""
         if self._run._owner != os.getpid():  # a fork's copy: a thread that is not in it may hold the lock
             return
         self._run.stop("closed")
-        with self._reading:
+        with self._driving:
             self._ahead.clear()
             self._run.close()
 
-    __del__ = close
+    async def aclose(self) -> None:
+        """Stop the run, and do not wait until it is gone."""
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._run.is_gone:
+            self.close()
+            return
+        self._run.stop("closed")
+        _left.append(self)
+        with suppress(RuntimeError):  # no thread can be started: the end of the program closes it
+            _thread.start_new_thread(_reap, ())
+
+    __del__ = _leave
+
+
+async def _wait_in_loop(watched: _Events, due: float) -> None:
+    """Wait in a coroutine, as `_poll` does in a thread; for a second at most."""
+    import asyncio
+
+    loop, woken = asyncio.get_running_loop(), asyncio.Event()
+    timer = loop.call_later(max(0.0, min(due - monotonic(), 1.0)), woken.set)
+    try:
+        for descriptor in watched:
+            loop.add_reader(descriptor, woken.set)
+        await woken.wait()
+    finally:
+        timer.cancel()
+        for descriptor in watched:
+            loop.remove_reader(descriptor)
+
+
+# What has been left is closed by one thread, one after another: an event loop and the garbage collector cannot wait. As
+# the latter may interrupt anything, Thread.start included, the thread is started by other means.
+_left = collections.deque["Stream"]()
+_reaping = Lock()
+
+
+def _reap(waits: bool = False) -> None:
+    """Close what has been left, unless another thread is at it, or wait for that one."""
+    while _left and _reaping.acquire(blocking=waits):
+        try:
+            while _left:
+                try:
+                    _left[0].close()
+                finally:
+                    _left.popleft()
+        finally:
+            _reaping.release()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4352,7 +4720,7 @@ class Stream(Iterator[bytes]):
 _ELSEWHERE = re.compile("bind|port|no_auth|tls_(cert|key)|(stall|head|idle|keepalive)_seconds")
 
 
-def wsgi(commands: Mapping[str, _Given], **settings: Any) -> _Application:
+def wsgi(commands: _AllGiven, **settings: Any) -> _Application:
     """The site as a WSGI application, for a server such as gunicorn, or under a prefix of another application.
 
     commands and settings: as for `start`, except for those of a socket. Without a `token` or `allow_hosts` it answers
@@ -4372,18 +4740,19 @@ class _Application:
         _watch_program()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        request = _UNREAD
+        request, answer = _UNREAD, None  # type: tuple[Request, Any]
         try:
             request = _read_environ(environ)
             pieces = _read_wsgi_body(environ, request)
             request.read_body = partial(_read_whole, pieces, request)
             reply = self._site.answer(request)
+            if reply.run:
+                answer = self._send(reply, reply.run, pieces)
+                next(answer)
         except Error as error:
             reply = _text_reply(f"{error}\n", error.status, error.headers)
-        answer: Any = [] if environ["REQUEST_METHOD"] == "HEAD" else [reply.body]
-        if reply.run:
-            answer = self._send(reply, reply.run, pieces)
-            next(answer)
+        if not (reply.run and answer):
+            answer = [] if environ["REQUEST_METHOD"] == "HEAD" else [reply.body]
         try:
             status = f"{reply.status} {http.HTTPStatus(reply.status).phrase}"
             start_response(status, _make_headers(self._site.access, request, reply))
@@ -4400,6 +4769,10 @@ class _Application:
         try:
             if isinstance(run, Process) and run.takes_input:
                 _start_thread("streamlog-input", run.feed, pieces)
+            due = reply.format.due if reply.format else inf
+            refusal = run.settle(None, due) if isinstance(run, Task) else None
+            if refusal:
+                raise Error(str(refusal), refusal.status, refusal.headers)
             yield b""  # the application comes to here by itself, so that `finally` is sure to run
             yield b""  # most servers send the head at this
             for piece in stream:
@@ -4464,6 +4837,10 @@ class _Flags(Settings):
     commands: Sequence[str] = ()
     insight: bool = False
 
+    def _name(self, field: str) -> str:
+        flag: str = self.__dataclass_fields__["token_file" if field == "token" else field].metadata["flag"]
+        return re.findall("--[a-z-]+", flag)[0]  # type: ignore[no-any-return]
+
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line; returns the exit code: 0, or 2 for a mistake in how it was called."""
@@ -4494,7 +4871,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
 
     class Parser(argparse.ArgumentParser):
         def format_help(self) -> str:
-            return _fill((__doc__ or "").partition("\nfor developers:")[0], {"OPTIONS": "\n".join(lines)})
+            manual = re.sub(r"(?s)\n(in a program|for developers):.*?(?=\nusage:|\Z)", "", __doc__ or "")
+            return _fill(manual, {"OPTIONS": "\n".join(lines)})
 
         def error(self, message: str) -> NoReturn:
             raise ConfigError(f"{message} (quote each command line, so that it is one argument; see --help)")
@@ -4662,8 +5040,8 @@ def _serve(server: Server, commands: _Commands, options: _Flags) -> None:
                 if number == signal.SIGHUP and can_reload:
                     _reload(server, options)
                 elif number in handled:
-                    (server.kill if server.is_closing else server.shutdown)()
-            if server.is_closing:
+                    (server._kill if server._is_closing else server.shutdown)()
+            if server._is_closing:
                 _notify("STOPPING=1")
     finally:
         server.close()
@@ -4688,16 +5066,16 @@ def _take_signals(can_reload: bool) -> tuple[_Bell, set[signal.Signals]]:
 
 def _announce(server: Server, commands: _Commands, is_quiet: bool) -> None:
     """Print where the server listens, and how curl runs each command."""
-    settings = server.settings
-    if server.reach is Reach.NETWORK and not (settings.token and settings.tls_cert):
+    settings = server._settings
+    if server._reach is Reach.NETWORK and not (settings.token and settings.tls_cert):
         _log.warning(
             "the token goes to %s in the clear: use --tls-cert, or a proxy with TLS in front"
             if settings.token
             else "anyone who reaches %s can run every command: those that change things should be POST",
             server.url,
         )
-    url = f"{settings.scheme}://localhost" if server.socket_path else server.url
-    lines = [server.site.curl_line(url, name, command) for name, command in commands.items()]
+    url = f"{settings.scheme}://localhost" if server._socket_path else server.url
+    lines = [server._site.curl_line(url, name, command) for name, command in commands.items()]
     _print(*([server.url] if is_quiet else [f"streamlog: listening on {server.url}", *lines]))
 
 

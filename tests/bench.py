@@ -626,7 +626,7 @@ def cost_of_logging(viewers: int, keep_bytes: int, pause: float, count: int = 50
             client.sendall(b"GET /log HTTP/1.1\r\nHost: localhost\r\n\r\n")
             threading.Thread(target=drain, args=(client,), daemon=True).start()
             clients.append(client)
-            while len(server.site.runs.active) <= number:
+            while len(server._site.runs.active) <= number:
                 time.sleep(0.001)
         for number in range(count):
             started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import logging
 import urllib.request
@@ -9,7 +10,20 @@ import wsgiref.simple_server
 from collections.abc import Iterator
 from typing import Literal, Optional
 
-from streamlog import Command, ConfigError, Error, Server, Settings, Stream, serve, start, stopping, stream, wsgi
+from streamlog import (
+    Command,
+    ConfigError,
+    Error,
+    Server,
+    Settings,
+    Stream,
+    output,
+    serve,
+    start,
+    stopping,
+    stream,
+    wsgi,
+)
 
 
 class Mode(enum.Enum):
@@ -17,13 +31,19 @@ class Mode(enum.Enum):
     FULL = "full"
 
 
-def reindex(parts: int = 2, mode: Mode = Mode.QUICK, how: Literal["dry", "wet"] = "dry") -> Iterator[str]:
+def reindex(parts: int = 2, mode: Mode = Mode.QUICK, how: Literal["dry", "wet"] = "dry") -> Iterator[object]:
     """Build the index anew."""
     for part in range(parts):
         if stopping():
             return
         logging.getLogger("index").warning("part %d, %s, %s", part, mode.value, how)
-        yield f"{part + 1} of {parts} done\n"
+        print(f"{part + 1} of {parts} done", file=output())
+        yield {"done": part + 1}
+
+
+async def count() -> bytes:
+    run = stream("seq 3")
+    return b"".join([piece async for piece in run])
 
 
 def fetch(server: Server, path: str) -> str:
@@ -32,17 +52,13 @@ def fetch(server: Server, path: str) -> str:
 
 
 def main() -> None:
-    with start(
-        {
-            "disk": "df -h /",
-            "count": ["seq", "{upto:int=3}"],
-            "reindex": reindex,
-            "slow": Command("sleep 10", about="Takes a while", timeout=20, max=1),
-        },
-        port=0,
-        max_runs=8,
-        log=100_000,
-    ) as server:
+    commands = {
+        "disk": "df -h /",
+        "count": ["seq", "{upto:int=3}"],
+        "reindex": reindex,
+        "slow": Command("sleep 10", about="Takes a while", timeout=20, max=1),
+    }
+    with start(commands, port=0, max_runs=8, log=100_000) as server:
         port: int = server.port
         print(port > 0, fetch(server, "/count"), fetch(server, "/reindex?mode=full"))
 
@@ -51,11 +67,13 @@ def main() -> None:
 
     run: Stream = stream("cat")
     with run:
+        pid: Optional[int] = run.pid
         run.write(b"to cat\n")
         run.close_stdin()
-        output: bytes = b"".join(run)
-        code: Optional[int] = run.exit_code
-    print(output.decode(), code)
+        code: int = run.wait(timeout=10)
+        text: bytes = b"".join(run)
+    print(text.decode(), code, run.exit_code, run.reason, pid is not None)
+    print(asyncio.run(count()))
     with stream("sleep 60") as run:
         run.stop()
         print(list(run), run.exit_code)

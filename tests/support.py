@@ -257,7 +257,7 @@ class ServerCase(unittest.TestCase):
         return server.start()
 
     def connect(self, server: streamlog.Server, **options: Any) -> Raw:
-        client = Raw(server.socket_path or ("127.0.0.1", server.port), **options)
+        client = Raw(server._socket_path or ("127.0.0.1", server.port), **options)
         self.addCleanup(client.sock.close)
         return client
 

@@ -103,7 +103,7 @@ class Nginx(ServerCase):
         }
         by_port = self.serve(commands, allow_hosts=["box.example"])
         by_socket = self.serve(commands, bind=f"unix:{self.folder / 'socket'}")
-        for address in (f"{by_port.url}/", f"http://unix:{by_socket.socket_path}:/"):
+        for address in (f"{by_port.url}/", f"http://unix:{by_socket._socket_path}:/"):
             with self.subTest(address=address):
                 port = front(self, address)
                 client = self.join(port, "/box/x")

@@ -158,7 +158,7 @@ class Delays(ServerCase):
         with mock.patch.object(streamlog.Run, "wait", late):
             for path in ("/x", self.fetch(server, "/x?async=1").headers["location"]):
                 self.assertEqual(self.fetch(server, path).body, b"x\n")
-            wait_until(lambda: not server.site.runs.active, "both are gone", 5)
+            wait_until(lambda: not server._site.runs.active, "both are gone", 5)
             wait_until(lambda: b"running" not in self.fetch(server, "/-/runs").body, "it has ended", 5)
 
 
@@ -236,7 +236,7 @@ class Ends(ServerCase):
                 ["Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(str(mark)) + 2}"],
             )
         clients[2].send(b"GET /x HTTP/1.1\r\nHost:")
-        wait_until(lambda: len(server.idle) == 3, "they are waited for")
+        wait_until(lambda: len(server._idle) == 3, "they are waited for")
         server.shutdown()
         wait_until(lambda: all(client._cut_at < math.inf for client in server._clients), "each has seen it")
         clients[0].send(f"x={mark}".encode())

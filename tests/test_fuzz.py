@@ -771,7 +771,7 @@ def statuses_for(token: bytes, value: bytes) -> set[int]:
 
 class Authorization(ServerCase):
     def test_anything_but_the_token_is_a_401(self) -> None:
-        accesses = {token: self.serve({}, token=token).site.access for token in TOKENS}
+        accesses = {token: self.serve({}, token=token)._site.access for token in TOKENS}
         statuses: list[int] = []
 
         def check(case: tuple[str, bytes]) -> None:

@@ -570,13 +570,13 @@ class Terminals(InputCase):
         wait_until(lambda: not is_alive(pid), "it is found at last", 8)
 
     def test_mistakes_are_told_at_start(self) -> None:
-        for options, told in (({"pty": "loud"}, "pty must be yes, no or echo"), ({"stdin": True}, None)):
+        for options, told in (({"pty": "loud"}, "pty must be True, False or 'echo'"), ({"stdin": True}, None)):
             with self.subTest(options=options):
                 if told:
                     with self.assertRaisesRegex(ConfigError, told):
                         Command("true", **options)
                 else:
-                    with self.assertRaisesRegex(ConfigError, "neither standard input nor a terminal"):
+                    with self.assertRaisesRegex(ConfigError, "a task has no process"):
                         Command(lambda: None, **options)
         config = self.folder / "ini"
         for line, told in (

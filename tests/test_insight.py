@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 import json
 import logging
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from typing import Any
+from unittest import mock
 
 import streamlog
 from streamlog import Command
@@ -67,16 +69,15 @@ class Log(InsightCase):
         )
         self.assertIn(b"\nValueError: broken\nStack (most recent call last):\n", chunk)
 
-    def test_the_handler_is_there_while_somebody_looks(self) -> None:
+    def test_logging_is_watched_only_while_somebody_looks(self) -> None:
         server = self.start({})
-        before = list(logging.root.handlers)
+        before = logging.Logger.callHandlers
         with self.watch(server) as one, self.watch(server) as two:
-            added = [handler for handler in logging.root.handlers if handler not in before]
-            self.assertEqual(len(added), 1)
+            self.assertIsNot(logging.Logger.callHandlers, before)
             one.sock.close()
             self.logger.info("seen")
             self.assertEqual(self.said(two), "INFO of.program: seen\n")
-        wait_until(lambda: logging.root.handlers == before, "it is gone")
+        wait_until(lambda: logging.Logger.callHandlers is before, "it is gone")
 
     def test_the_newest_records_come_first_where_they_are_kept(self) -> None:
         server = self.start({}, log=10_000)
@@ -175,7 +176,9 @@ class Log(InsightCase):
         self.assertIn(b"ERROR of.program: <told>\n\n", self.fetch(server, f"{query}sse").body)
         answer = self.fetch(server, f"{query}ndjson")
         lines = [json.loads(line) for line in answer.body.splitlines()]
-        self.assertTrue(lines[0]["line"].endswith("ERROR of.program: <told>"))
+        known = {key: lines[0][key] for key in ("level", "logger", "thread", "line")}
+        told = {"level": "ERROR", "logger": "of.program", "thread": "MainThread", "line": "<told>"}
+        self.assertEqual(known, told)
         self.assertEqual((lines[1]["exit_code"], answer.trailers), (0, {"Exit-Code": "0"}))
 
     def test_its_own_access_log_is_seen_only_where_it_is_asked_for(self) -> None:
@@ -269,7 +272,47 @@ class Log(InsightCase):
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-1, text=True, timeout=20)
         self.assertTrue(done.stderr.startswith("once\ntold\nmine\n--- Logging error ---\n"), done.stderr)
         self.assertEqual(done.stderr.count("Logging error"), 1)
-        self.assertEqual(done.stdout, "[] 30\n")
+        self.assertEqual(done.stdout, "[<StreamHandler <stderr> (NOTSET)>] 30\n")  # which logging itself has made
+
+    def test_records_that_do_not_propagate_are_seen_too(self) -> None:
+        closed = self.make_logger("closed.off", propagate=False)
+
+        def task() -> None:
+            closed.info("from a task")
+
+        server = self.start({"task": task}, log=10_000)
+        with self.watch(server) as client:
+            self.assertEqual(self.fetch(server, "/task").body, b"INFO closed.off: from a task\n")
+            self.assertEqual(self.said(client), "INFO closed.off: from a task\n")
+            closed_off = {"closed.off": {"propagate": False, "level": "INFO"}}
+            logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, "loggers": closed_off})
+            closed.info("afterwards")
+            self.assertEqual(self.said(client), "INFO closed.off: afterwards\n")
+
+    def test_a_patch_of_logging_that_is_taken_back_does_not_deafen_tasks(self) -> None:
+        def task() -> None:
+            patch.stop()
+            self.logger.info("first")
+
+        server = self.start({"first": task, "second": lambda: self.logger.info("second")})
+        patch = mock.patch.object(logging.Logger, "callHandlers", logging.Logger.callHandlers)
+        patch.start()
+        self.fetch(server, "/first")
+        self.assertEqual(self.fetch(server, "/second").body, b"INFO of.program: second\n")
+
+    def test_each_line_of_ndjson_has_what_its_record_has(self) -> None:
+        server = self.start({}, log=10_000)
+        record = logging.makeLogRecord(
+            {"created": 86400.25, "levelno": 30, "levelname": "WARNING", "msg": "a INFO b: c\nd"}
+        )
+        record.name, record.threadName = "of.program", "some thread"
+        self.logger.handle(record)
+        lines = self.fetch(server, "/log?follow=0&format=ndjson").body.splitlines()
+        times = {json.loads(line)["time"] for line in lines[:2]}
+        self.assertEqual({datetime.datetime.fromisoformat(time).timestamp() for time in times}, {86400.25})
+        told = [{key: json.loads(line)[key] for key in ("level", "logger", "thread", "line")} for line in lines[:2]]
+        common = {"level": "WARNING", "logger": "of.program", "thread": "some thread"}
+        self.assertEqual(told, [{**common, "line": "a INFO b: c"}, {**common, "line": "d"}])
 
     def test_logging_that_is_configured_anew_is_followed_all_the_same(self) -> None:
         before = list(logging.root.handlers)

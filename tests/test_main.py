@@ -79,8 +79,8 @@ class Mistakes(unittest.TestCase):
             for arguments, told in (
                 (["--nonsense"], "unrecognized arguments: --nonsense"),
                 (["--port"], "expected one argument"),
-                (["-p", "abc"], "must be a port from 0 to 65535: 'abc'"),
-                (["-p", "65536"], "must be a port from 0 to 65535: '65536'"),
+                (["-p", "abc"], "must be a number from 0 to 65535: 'abc'"),
+                (["-p", "65536"], "must be a number from 0 to 65535: '65536'"),
                 (["--timeout", "-1"], "must be a number of seconds, 0 or more: '-1'"),
                 (["--grace", "nan"], "must be a number of seconds, 0 or more: 'nan'"),
                 (["--max-runs", "0"], "must be a whole number above 0: '0'"),
@@ -145,7 +145,7 @@ class Mistakes(unittest.TestCase):
 class Texts(unittest.TestCase):
     def test_help_is_the_manual_and_names_every_option(self) -> None:
         code, out, _ = call("--help")
-        manual = (streamlog.__doc__ or "").partition("\nfor developers:")[0]
+        manual = re.sub(r"(?s)\n(in a program|for developers):.*?(?=\nusage:|\Z)", "", streamlog.__doc__ or "")
         before, after = manual.split("OPTIONS\n")
         self.assertEqual((code, out[: len(before)], out[-len(after) :]), (0, before, after))
         flags = (field.metadata.get("flag", "") for field in dataclasses.fields(streamlog._Flags))

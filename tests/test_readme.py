@@ -61,7 +61,7 @@ class Readme(unittest.TestCase):
         return found[1] if found else ""
 
     def test_the_examples_for_programs_do_what_is_said_of_them(self) -> None:
-        inside, streaming, *_ = blocks("python")
+        inside, streaming, looping, *_ = blocks("python")
         fetch = "import urllib.request as u; print(u.urlopen(server.url + '/reindex?parts=1').read().decode())"
         done = subprocess.run(
             [sys.executable, "-c", inside.replace("...  # the program goes on", fetch)],
@@ -71,6 +71,8 @@ class Readme(unittest.TestCase):
             stderr=-1,
         )
         self.assertRegex(done.stdout, r"^http://127.0.0.1:\d+\nWARNING root: part 0, quick\n1 of 1 done\n")
+        done = subprocess.run([sys.executable, "-c", looping], cwd=ROOT, stdout=-1, text=True)
+        self.assertEqual(done.stdout, "1\n2\n3\n")
         if shutil.which("ping"):
             done = subprocess.run([sys.executable, "-c", streaming], cwd=ROOT, stdout=-1, text=True)
             self.assertRegex(done.stdout, r"(?s)2 packets transmitted.*exit code 0\n$")

@@ -333,7 +333,7 @@ class Tls(Tcp):
                 ["--tls-cert", str(self.folder / "cert"), "--tls-key", str(self.folder / "locked")],
                 "have no pass phrase",
             ),
-            (["--tls-key", CERTIFICATE], "a TLS key needs its certificate: set tls_cert (--tls-cert)"),
+            (["--tls-key", CERTIFICATE], "a TLS key needs its certificate: set --tls-cert"),
             (["--tls-cert", ""], "--tls-cert must be the name of a file: ''"),
         ):
             with self.subTest(options=options):
@@ -350,14 +350,14 @@ class Unix(Tcp):
 
     def test_only_its_owner_may_connect(self) -> None:
         server = self.listen({"x": "echo x"})
-        self.assertEqual(stat.S_IMODE(os.stat(server.socket_path).st_mode), 0o600)
+        self.assertEqual(stat.S_IMODE(os.stat(server._socket_path).st_mode), 0o600)
 
     @unittest.skipUnless(IS_ROOT, "only root can be somebody else")
     def test_another_user_is_refused(self) -> None:
         server = self.listen({"x": "echo x"})
         self.folder.chmod(0o755)
         script = "import os, socket, sys; os.setuid(65534); socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
-        done = subprocess.run([sys.executable, "-c", script, server.socket_path], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", script, server._socket_path], capture_output=True, text=True)
         self.assertIn("PermissionError", done.stderr)
 
     def test_any_host_name_will_do_and_other_sites_are_refused_still(self) -> None:
@@ -391,7 +391,7 @@ class Unix(Tcp):
 
     def test_at_its_end_it_leaves_a_successor_s_socket_alone(self) -> None:
         server = self.listen({})
-        path = Path(server.socket_path)
+        path = Path(server._socket_path)
         path.unlink()
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as successor:
             successor.bind(str(path))

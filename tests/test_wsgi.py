@@ -10,6 +10,8 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
+import typing
 import wsgiref.simple_server
 import wsgiref.validate
 from typing import Any
@@ -170,6 +172,32 @@ class Wsgi(WsgiCase):
         self.assertIn(b"curl -N http://localhost/ops/x\n", self.call(SCRIPT_NAME="/ops", PATH_INFO="/")[2])
         self.assertEqual(self.call(SCRIPT_NAME="/ops", PATH_INFO="/x")[2], b"x\n")
         self.assertEqual(self.call(PATH_INFO="")[0], "200 OK")
+
+    def test_a_task_refuses_here_too(self) -> None:
+        def task() -> None:
+            time.sleep(0.1)
+            raise streamlog.Error("not now", 409, {"Retry-After": "7"})
+
+        self.app = streamlog.wsgi({"x": task})
+        status, headers, body = self.call(PATH_INFO="/x")
+        self.assertEqual((status, headers["Retry-After"], body), ("409 Conflict", "7", b"not now\n"))
+        self.assertIn(b'command="x",outcome="failed"} 1\n', self.call(PATH_INFO="/-/metrics")[2])
+
+    def test_a_silence_is_broken_where_the_format_allows_it_or_it_is_asked_for(self) -> None:
+        with mock.patch.object(streamlog, "_SSE_COMMENT_SECONDS", 0.1):
+            for settings, format_, expected in (
+                ({}, "html", b"[still running, silent for 0.1 s]"),
+                ({}, "ndjson", b'"silent_seconds": 0.1'),
+                ({}, "text", b""),
+                ({"heartbeat_seconds": 0.2}, "text", b"[still running, silent for 0.2 s]\n"),
+            ):
+                commands = {"x": "sleep 0.3", "task": lambda: time.sleep(0.3)}
+                self.app = streamlog.wsgi(commands, **typing.cast(Any, settings))
+                for path in ("/x", "/task"):
+                    body = self.call(PATH_INFO=path, QUERY_STRING=f"format={format_}")[2]
+                    with self.subTest(settings=settings, format_=format_, path=path):
+                        self.assertIn(expected, body)
+                        self.assertEqual(bool(body), bool(expected))
 
     def test_a_body_is_read_as_far_as_it_goes(self) -> None:
         self.app = streamlog.wsgi({"x": Command("echo {x}", method="POST")})
