@@ -1033,11 +1033,11 @@ class EventLoops(EmbeddingCase):
             pid = run.pid or 0
             del run, reader
             gc.collect()
-            self.assertLess(time.monotonic() - started, 0.3)
+            self.assertLess(time.monotonic() - started, 2)
             self.assertTrue(is_alive(pid))
             while is_alive(pid):
                 await asyncio.sleep(0.05)
-            self.assertLess(time.monotonic() - started, 8)
+            self.assertLess(time.monotonic() - started, 15)
 
         asyncio.run(main())
 
@@ -1057,19 +1057,19 @@ class EventLoops(EmbeddingCase):
                 if way == "aclose":
                     await run.aclose()
                 del run
-                self.assertLess(time.monotonic() - started, 1)
+                self.assertLess(time.monotonic() - started, 3)
             gc.collect()
             while any(map(is_alive, pids)):
                 await asyncio.sleep(0.01)
 
-        asyncio.run(asyncio.wait_for(main(), 10))
+        asyncio.run(asyncio.wait_for(main(), 30))
 
     def test_another_thread_may_close_what_is_read(self) -> None:
         async def main() -> None:
             for number in range(40):
                 run = streamlog.stream("yes" if number % 2 else "sleep 300")
                 threading.Timer(number / 1000, run.close).start()
-                await asyncio.wait_for(self.drain(run), 10)
+                await asyncio.wait_for(self.drain(run), 30)
 
         asyncio.run(main())
 
@@ -1103,7 +1103,7 @@ class EventLoops(EmbeddingCase):
             started = time.monotonic()
             done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-1, text=True, timeout=20)
             with self.subTest(way):
-                self.assertLess(time.monotonic() - started, 5)
+                self.assertLess(time.monotonic() - started, 10)
                 self.assertFalse(is_alive(int(done.stdout)), done.stderr)
 
 

@@ -133,8 +133,8 @@ class Flask(FrameworkCase):
             wait_until(sleepers, "it runs")
             started = time.monotonic()
             self.process.send_signal(signal.SIGINT)
-            self.process.wait(10)
-            self.assertLess(time.monotonic() - started, 3)
+            self.process.wait(20)
+            self.assertLess(time.monotonic() - started, 8)  # it would wait for 30 s
         self.assertEqual(sleepers(), [])
 
     def test_under_gunicorn_a_silent_page_is_found_to_have_been_left(self) -> None:
@@ -144,7 +144,7 @@ class Flask(FrameworkCase):
             with Raw(("127.0.0.1", port)) as client:
                 client.get(path)
                 client.read_until(b"[still running, silent for ")
-            wait_until(lambda: not sleepers(), "it has ended", 5)
+            wait_until(lambda: not sleepers(), "it has ended", 15)
 
     def test_each_worker_of_gunicorn_has_diagnostics_of_its_own(self) -> None:
         hooks = block("python", "post_worker_init").replace("/tmp/app-", f"{self.folder}/app-")
@@ -221,7 +221,7 @@ class FastApi(FrameworkCase):
         self.assertEqual(self.ask(port, "/other").body, b'"ok"')  # the thread pool is free
         for client in clients:
             client.sock.close()
-        wait_until(lambda: not sleepers(), "all have ended", 5)
+        wait_until(lambda: not sleepers(), "all have ended", 15)
         self.assertEqual(self.ask(port, "/other").body, b'"ok"')
 
     def test_ctrl_c_ends_it(self) -> None:
