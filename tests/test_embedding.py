@@ -798,8 +798,11 @@ class TaskRecords(EmbeddingCase):
 class SlowFile(io.FileIO):
     """Is held up between the look at its number and the system call, as any thread may be."""
 
+    is_held_up = threading.Event()
+
     def write(self, data: Any) -> int:
         number = self.fileno()
+        self.is_held_up.set()
         time.sleep(0.3)
         return os.write(number, data)
 
@@ -815,8 +818,9 @@ class Streams(EmbeddingCase):
         for end in (streamlog.Stream.close, streamlog.Stream.close_stdin):
             with self.subTest(end.__name__), mock.patch("streamlog._spawn", spawn), streamlog.stream("sleep 9") as run:
                 writer = threading.Thread(target=run.write, args=(b"secret",))
+                SlowFile.is_held_up.clear()
                 writer.start()
-                time.sleep(0.1)
+                self.assertTrue(SlowFile.is_held_up.wait(10))
                 end(run)
                 # One of these takes the number, as the connection of another client would.
                 pairs = [socket.socketpair() for _ in range(10)]

@@ -661,16 +661,20 @@ class Shared(KeptCase):
         )
 
     def test_a_reconnect_while_the_run_is_being_started_starts_no_other(self) -> None:
+        is_starting, may_start = threading.Event(), threading.Event()
+
         def spawn(*arguments: Any, real: Any = streamlog._spawn) -> Any:
-            time.sleep(0.5)
+            is_starting.set()
+            may_start.wait(10)
             return real(*arguments)
 
         server = self.serve({"x": Command("!echo $$; exec sleep 300", shared=True)})
         with mock.patch("streamlog._spawn", spawn), self.connect(server) as client:
             client.get("/x")
-            time.sleep(0.2)
+            self.assertTrue(is_starting.wait(10))
             headers = ["Accept: text/event-stream", "Last-Event-ID: 4"]
             self.assertEqual(self.fetch(server, "/x", headers=headers).status, 204)
+            may_start.set()
             client.read_head()
 
     def test_two_that_come_at_once_get_one_run(self) -> None:
