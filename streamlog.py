@@ -260,7 +260,7 @@ def _setting(default: Any, flag: str, rule: _Rule = _TEXT, is_shown: bool = True
 class Settings:
     """What a server is told once, at start. Durations are in seconds. Raises ConfigError."""
 
-    port: int = _setting(8000, "-p, --port PORT | listen on this port ({}); 0 picks a free one and prints it", _PORT)
+    port: int = _setting(8000, "-p, --port PORT | listen on this port ({}); 0 picks a free one", _PORT)
     bind: str = _setting("127.0.0.1", "-b, --bind ADDRESS | listen on this address ({}), or on unix:PATH")
     timeout_seconds: Optional[float] = _setting(None, "--timeout SEC | stop a run after so long (0: never)", _SECONDS)
     grace_seconds: float = _setting(5.0, "--grace SEC | seconds from SIGTERM to SIGKILL ({:g})", _SECONDS)
