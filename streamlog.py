@@ -417,6 +417,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self._is_closing:
             raise RuntimeError("this server is closed: make another one")
         _close_at_exit(self)
+        _files.add(self.socket)
         self._thread = _start_thread("streamlog", self.serve_forever)
         return self
 
@@ -536,12 +537,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _let_go(self) -> None:
-        """Close the sockets in a forked process: they, and the runs, are the parent's."""
-        for client in list(self._clients):
-            client.close()
-        self.socket.close()
 
     def _wait_until_idle(self, seconds: float) -> bool:
         """Wait until all clients and kept runs are gone; False if some are left after so long."""
@@ -665,6 +660,7 @@ class _Connection(io.RawIOBase):
         self.sock = sock
         self._server = server
         self._lock = Lock()  # TLS objects serve one thread at a time
+        _files.add(self)
         sock.setblocking(False)
         seconds = server._settings.keepalive_seconds  # of silence, before the client is probed (tcp(7))
         options = {
@@ -2843,7 +2839,7 @@ class Run:
         file.close()
 
 
-_files: WeakSet[Any] = WeakSet()  # pipes and the like; a forked process closes its copies
+_files: WeakSet[Any] = WeakSet()  # pipes, sockets and the like; a forked process closes its copies
 
 
 def _own(descriptor: int, mode: str = "rb") -> io.FileIO:
@@ -4437,10 +4433,7 @@ def _watch_program() -> None:
     def let_go() -> None:
         global _look_lock, _reaping  # noqa: PLW0603
         _task.set(None)
-        for owner in list(_open):
-            if isinstance(owner, Server):  # a stream's run is the parent's, and knows it
-                owner._let_go()
-        _open.clear()
+        _open.clear()  # their runs are the parent's, and know it
         _left.clear()
         _reaping = Lock()
         for file in list(_files):
