@@ -4510,17 +4510,19 @@ def stream(command: _Given, /, **values: object) -> Stream:
     for a mistake in the command.
     """
     made = command if isinstance(command, Command) else None
-    task = made.command if made else command
+    task: Any = made.command if made else command
     if callable(task):
         _find_function(task)
         try:
             inspect.signature(task).bind(**values)
         except TypeError as error:
             raise Error(f"the task cannot be called with these values: {error}") from None
-        return Stream(Task(Call(task, values), Settings(), made.timeout if made else None, lambda: None))
-    made = _make_commands({"stream": command})["stream"]
-    texts, _ = _sort_fields("stream", made.parameters, ((name, _text_of(one)) for name, one in values.items()), {})
-    return Stream(_maker(made.bind("stream", texts, stdin="pipe"))(Settings(), made.timeout, lambda: None))
+        launch: Launch | Call = Call(task, values)
+    else:
+        made = made or Command(task)
+        texts, _ = _sort_fields("stream", made.parameters, ((name, _text_of(one)) for name, one in values.items()), {})
+        launch = made.bind("stream", texts, stdin="pipe")
+    return Stream(_maker(launch)(Settings(), made.timeout if made else None, lambda: None))
 
 
 class Stream(Iterator[bytes], AsyncIterator[bytes]):
@@ -4561,18 +4563,12 @@ class Stream(Iterator[bytes], AsyncIterator[bytes]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while piece := await self._read():
-            yield piece
+    async def __aiter__(self) -> AsyncIterator[bytes]:  # not self, which Django would read as an Iterator
+        with suppress(StopAsyncIteration):
+            while True:
+                yield await self.__anext__()
 
     async def __anext__(self) -> bytes:
-        piece = await self._read()
-        if piece:
-            return piece
-        raise StopAsyncIteration
-
-    async def _read(self) -> bytes:
-        """The next piece; empty at the end."""
         try:
             while not (self._ahead or self._run.is_over):
                 with suppress(OSError):  # another thread is closing it
@@ -4582,9 +4578,10 @@ class Stream(Iterator[bytes], AsyncIterator[bytes]):
             self._leave()
             raise
         piece = self._take()
-        if not piece:
-            self._leave()
-        return piece
+        if piece:
+            return piece
+        self._leave()
+        raise StopAsyncIteration
 
     @property
     def pid(self) -> Optional[int]:
@@ -4677,7 +4674,7 @@ async def _wait_in_loop(watched: _Events, due: float) -> None:
     import asyncio
 
     loop, woken = asyncio.get_running_loop(), asyncio.Event()
-    timer = loop.call_later(max(0.0, min(due - monotonic(), 1.0)), woken.set)
+    timer = loop.call_later(min(due - monotonic(), 1.0), woken.set)
     try:
         for descriptor in watched:
             loop.add_reader(descriptor, woken.set)
