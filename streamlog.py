@@ -194,8 +194,14 @@ class _Rule(NamedTuple):
 
     def check(self, name: str, value: object) -> None:
         """Raises ConfigError unless a value that a program gives is right."""
-        kinds: dict[Any, Any] = {float: (int, float), int: int, _read_size: int, str: str}
-        kind = {**kinds, os.fspath: (str, os.PathLike)}.get(self.read, object)
+        kinds: dict[Any, Any] = {
+            float: (int, float),
+            int: int,
+            _read_size: int,
+            str: str,
+            os.fspath: (str, os.PathLike),
+        }
+        kind = kinds.get(self.read, object)
         with suppress(AttributeError, TypeError):
             is_truth = kind is not object and isinstance(value, bool)  # which is an int, too
             if isinstance(value, kind) and self.is_right(value) and not is_truth:
@@ -271,7 +277,9 @@ class Settings:
     token: str = _setting("", " | what each request must carry, as a bearer or a password", _TEXT, False)
     tls_cert: str = _setting("", "--tls-cert FILE | speak TLS, with the certificate in this PEM file", _FILE)
     tls_key: str = _setting("", "--tls-key FILE | its key, if that is in a file of its own", _FILE)
-    no_auth: bool = _setting(False, "--no-auth | allow an address that other machines reach, without a token")
+    no_auth: bool = _setting(
+        False, "--no-auth | allow an address that other machines reach, without a token", _SWITCH_RULE
+    )
     allow_hosts: Sequence[str] = _setting((), "--allow-host NAME | accept this server name; may be repeated", _HOST)
     allow_origins: Sequence[str] = _setting(
         (), "--allow-origin ORIGIN | let pages of this origin use the server; may be repeated", _ORIGIN
@@ -296,17 +304,17 @@ class Settings:
     kept_runs: int = _setting(100, "--keep-runs N | ended runs that are kept ({})", _COUNT)
     kept_seconds: float = _setting(3600.0, "--keep SEC | seconds that an ended run is kept for ({:g})", _SECONDS)
     linger_seconds: float = _setting(5.0, "--linger SEC | seconds a shared run outlives its viewers ({:g})", _SECONDS)
-    insight: bool = _setting(True, " | serve /log, /stacks and /level of this program")
+    insight: bool = _setting(True, " | serve /log, /stacks and /level of this program", _SWITCH_RULE)
     log: int = _setting(0, " | bytes of this program's newest log records that are kept for /log (0: none)", _SIZE)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, default = getattr(self, field.name), field.default
-            if "rule" in field.metadata and value != default:
-                rule = _SWITCH_RULE if isinstance(default, bool) else field.metadata["rule"]
-                if default == () and (isinstance(value, str) or not isinstance(value, Iterable)):
+        for field in dataclasses.fields(Settings):
+            value, rule = getattr(self, field.name), field.metadata["rule"]
+            if value != field.default:
+                values = value if field.default == () else [value]
+                if isinstance(values, str) or not isinstance(values, Iterable):
                     raise ConfigError(f"{field.name} must be a list; each item must be {rule.demand}: {value!r}")
-                for one in value if default == () else [value]:
+                for one in values:
                     rule.check(field.name, one)
         if self.tls_key and not self.tls_cert:
             raise ConfigError(f"a TLS key needs its certificate: set {self._name('tls_cert')}")
@@ -1999,11 +2007,8 @@ class Command:
             try:
                 given = list(map(os.fsdecode, [given] if isinstance(given, Mapping) else given))
             except TypeError:
-                what = f"it must be a command line, a list of arguments or a callable: {self.command!r}"
-                raise ConfigError(what) from None
+                raise ConfigError(f"it must be a command line, a list of arguments or a callable: {given!r}") from None
             self.command = given
-        if callable(given):
-            self.about = self.about or (inspect.getdoc(given) or "").partition("\n")[0]
         self.is_source = given == "-"  # the server's own standard input
         self.is_shell = isinstance(given, str) and given.lstrip().startswith("!")
         self.shared = self.shared or self.is_source
@@ -2012,6 +2017,9 @@ class Command:
         self.is_plain_text = bool(re.match("(?i)text/plain *(;|$)", self.type))  # a note of ours may follow
         self.parameters: dict[str, Parameter] = {}
         if callable(given):
+            if self.stdin or self.pty or self.env or self.cwd:
+                raise ConfigError("a task has no process: stdin, pty, env and cwd are not for it")
+            self.about = self.about or (inspect.getdoc(given) or "").partition("\n")[0]
             self._converts = dict(_read_signature(given, self.parameters))
             self._arguments = [f"\0_{name}\1" for name in self.parameters]
             name = str(getattr(given, "__name__", given)).lstrip("_")
@@ -2043,8 +2051,6 @@ class Command:
             value = getattr(self, name)
             if name != "command" and value != Command.__dataclass_fields__[name].default:
                 rule.check(name, value)
-        if callable(self.command) and (self.stdin or self.pty or self.env or self.cwd):
-            raise ConfigError("a task has no process: stdin, pty, env and cwd are not for it")
         if (self.shared or self.command == "-") and self.stdin:
             raise ConfigError("a command cannot be both shared and stdin: its viewers would share one input")
 
@@ -2127,8 +2133,8 @@ def _read_signature(task: Any, parameters: dict[str, Parameter]) -> Iterator[tup
     for name, parameter in signature.parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ConfigError(f"parameter {name!r} of a task must be one that is given by its name")
-        has_default, default = parameter.default is not parameter.empty, parameter.default
-        annotation = hints.get(name, type(default) if has_default and default is not None else str)
+        default = parameter.default
+        annotation = hints.get(name, str if default in (None, parameter.empty) else type(default))
         try:
             made, read = _read_annotation(name, annotation if default is not None else Optional[annotation])
         except (LookupError, TypeError, ValueError):
@@ -2136,7 +2142,7 @@ def _read_signature(task: Any, parameters: dict[str, Parameter]) -> Iterator[tup
                 f"parameter {name!r} of a task must be a str, int, float, bool, Path, Literal or Enum, or an Optional "
                 f"or a list of one: {annotation!r}"
             ) from None
-        parameters[name] = made._replace(default=_text_of(default) if has_default else None)
+        parameters[name] = made._replace(default=None if default is parameter.empty else _text_of(default))
         yield name, read
 
 
@@ -2145,7 +2151,7 @@ def _find_function(task: Any) -> _Function:
     while isinstance(task, partial):
         task = task.func
     if not hasattr(task, "__globals__"):
-        task = getattr(task, "__func__", None) or type(task).__call__
+        task = type(task).__call__
     if inspect.iscoroutinefunction(task) or inspect.isasyncgenfunction(task):
         raise ConfigError("a task runs in a thread of its own: it cannot be a coroutine (wrap it in asyncio.run)")
     return task  # type: ignore[no-any-return]
@@ -2181,7 +2187,9 @@ def _text_of(value: Any) -> str:
         return "\n".join(map(_text_of, value))
     if isinstance(value, enum.Enum):
         return value.value if isinstance(value.value, str) else value.name
-    return {None: "", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
 
 
 def _make_command(name: str, options: _Texts, where: str = "") -> Command:
@@ -4908,7 +4916,7 @@ def _describe(name: str, command: Command) -> str:
         lines.append(f"parameter {parameter.name}: {parameter.type}, {default}")
     for option in ("timeout", "max", "stderr", "stdin", "pty", "terminal", "shared", "cwd", "type"):
         value = getattr(command, option)
-        if value != Command.__dataclass_fields__[option].default:
+        if value != getattr(Command, option):
             shown = "x".join(map(str, value)) if option == "terminal" else value
             lines.append(f"{option}: {'yes' if value is True else shown}")
     lines += [f"env: {key}={value}" for key, value in command.env.items()]
