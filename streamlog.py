@@ -885,8 +885,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             if run.takes_input:
                 self._start_feeder(request, run)
-            due = reply.format.due if reply.format else inf
-            refusal = run.settle(client, due) if isinstance(run, Task) else None
+            refusal = isinstance(run, Task) and run.settle(reply.format, client)
             if refusal:
                 self._send_whole(request, _text_reply(f"{refusal}\n", refusal.status, refusal.headers))
             elif reply.spool:
@@ -3183,12 +3182,12 @@ class Task(Run):
                 self.has_written = True
                 view = view[self._writer.write(view) :]
 
-    def settle(self, client: _Connection | None = None, due: float = inf) -> Error | None:
-        """Wait for output or the end, but not longer than until something is due. Returns the Error that the task has
-        raised before any output, if so; it is over then."""
+    def settle(self, format_: Any, client: _Connection | None = None) -> Error | None:
+        """Wait for output or the end, but not longer than until the format has something due. Returns the Error that
+        the task has raised before any output, if so; it is over then."""
         ready: _Events = {}
-        while not (self.is_over or ready.keys() & self.outputs.keys() or monotonic() >= due):
-            ready = self.wait(client.watched() if client else {}, due)
+        while not (self.is_over or ready.keys() & self.outputs.keys() or monotonic() >= format_.due):
+            ready = self.wait(client.watched() if client else {}, format_.due)
             if client:
                 client.react(ready)
         if self.refusal:
@@ -3221,7 +3220,6 @@ class Task(Run):
             self.write(text.encode(errors="replace"))
         with self._write_lock:
             self._writer.close()
-        _task.set(None)
         if failed:
             _log.getChild("task").error("%s failed", self, exc_info=failed)  # /log shows it, unlike our own records
         release()
@@ -3233,10 +3231,10 @@ class Task(Run):
         pieces = result if isinstance(result, Iterator) else iter([result])
         with closing(pieces) if hasattr(pieces, "close") else nullcontext():  # type: ignore[type-var]
             for piece in pieces:
-                if piece is not None:
-                    is_text = isinstance(piece, (str, bytes, bytearray, memoryview))
-                    data: Any = piece if is_text else json.dumps(_plain(piece)) + "\n"
-                    self.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else bytes(data))
+                if isinstance(piece, (bytes, bytearray, memoryview)):
+                    self.write(bytes(piece))
+                elif piece is not None:
+                    _Output(self).write(piece if isinstance(piece, str) else json.dumps(_plain(piece)) + "\n")
                 if self.is_stopping:
                     break
 
@@ -4738,21 +4736,21 @@ class _Application:
         _watch_program()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        request, answer = _UNREAD, None  # type: tuple[Request, Any]
+        request = _UNREAD
         try:
             request = _read_environ(environ)
             pieces = _read_wsgi_body(environ, request)
             request.read_body = partial(_read_whole, pieces, request)
             reply = self._site.answer(request)
             if reply.run:
-                answer = self._send(reply, reply.run, pieces)
+                answer: Any = self._send(reply, reply.run, pieces)
                 next(answer)
         except Error as error:
             reply = _text_reply(f"{error}\n", error.status, error.headers)
-        if not (reply.run and answer):
+        if not reply.run:
             answer = [] if environ["REQUEST_METHOD"] == "HEAD" else [reply.body]
         try:
-            status = f"{reply.status} {http.HTTPStatus(reply.status).phrase}"
+            status = f"{reply.status} {HTTPStatus(reply.status).phrase}"
             start_response(status, _make_headers(self._site.access, request, reply))
         except BaseException:
             if reply.run:
@@ -4760,17 +4758,16 @@ class _Application:
             raise
         return answer  # type: ignore[no-any-return]
 
-    def _send(self, reply: Reply, run: Run, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    def _send(self, reply: Reply, run: Any, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """The output of a run, as the body of an answer. A cut run raises, so that the server ends the connection
         without the final chunk."""
         stream, sent_bytes = Stream(run, reply.format), 0
         try:
-            if isinstance(run, Process) and run.takes_input:
+            if run.takes_input:
                 _start_thread("streamlog-input", run.feed, pieces)
-            due = reply.format.due if reply.format else inf
-            refusal = run.settle(None, due) if isinstance(run, Task) else None
+            refusal = isinstance(run, Task) and run.settle(reply.format)
             if refusal:
-                raise Error(str(refusal), refusal.status, refusal.headers)
+                raise refusal
             yield b""  # the application comes to here by itself, so that `finally` is sure to run
             yield b""  # most servers send the head at this
             for piece in stream:

@@ -127,6 +127,21 @@ class Wsgi(WsgiCase):
             (pid,) = pids_in(client.read_until(b"\n"))
         wait_until(lambda: not is_alive(pid), "it is gone", 5)
 
+    def test_a_silent_task_that_is_given_a_heartbeat_ends_too(self) -> None:
+        told = threading.Event()
+
+        def task() -> None:
+            while not streamlog.stopping():
+                time.sleep(0.01)
+            told.set()
+
+        port = self.mount({"x": task})
+        with Raw(("127.0.0.1", port)) as client:
+            client.get("/x?heartbeat=0.2")
+            self.assertEqual(client.read_head()[0], 200)
+            self.assertIn(b"[still running", client.read_until(b"\n"))
+        self.assertTrue(told.wait(5))
+
     def test_a_run_that_is_cut_raises_behind_its_last_line(self) -> None:
         self.mount({"x": Command("!echo a; exec sleep 60", timeout=0.2)})
         told: list[Any] = []
