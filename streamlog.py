@@ -1604,7 +1604,7 @@ class Site:
         entries = self.runs.kept()
         if "text/html" in request.accepted:
             rows = "".join(map(_run_row, entries)) or "<p>None.</p>"
-            return _page_reply("Runs", rows, '<meta http-equiv="refresh" content="3">')
+            return _page_reply("Runs", rows, Refresh="3")
         if "application/json" in request.accepted:
             return _json_reply({"runs": [entry.state for entry in entries]})
         return _text_reply(
@@ -4149,14 +4149,14 @@ def _call_handlers(logger: Logger, record: LogRecord) -> None:
         _program_log.emit(record)
 
 
-def _follow_log(tail: int = 10, level: str = "", logger: str = "", follow: Literal[1, 0] = 1) -> _Maker:
+def _follow_log(tail: int = 10, level: str = "NOTSET", logger: str = "", follow: Literal[1, 0] = 1) -> _Maker:
     """Follow this program's log, beginning with the newest records if they are kept (live)"""
-    least, logger = _read_level(level or "NOTSET"), "" if logger == "root" else logger
+    least = _read_level(level)
 
     def wants(stream: str) -> bool:
         """Whether a record is of the logger or below, at the level or above; our own are shown only on request."""
         number, _, name, _ = stream.split("\t")
-        is_below = not logger or f"{name}.".startswith(f"{logger}.")
+        is_below = logger in ("", "root") or f"{name}.".startswith(f"{logger}.")
         return is_below and int(number) >= least and (name != _log.name or logger == _log.name)
 
     def make(settings: Settings, timeout: float | None, release: _Action) -> Run:
@@ -4252,15 +4252,15 @@ def _fill(template: str, markup: _Texts, **texts: str) -> str:
     return re.sub("|".join(parts), lambda match: parts[match[0]], template)
 
 
-def _make_page(title: str, style: str, body: str, more: str = "") -> str:
-    """A page; `body` and `more`, for its head, are HTML already."""
-    return _fill(_FRAME, {"MORE": more, "STYLE": _COLOURS + style, "BODY": body}, TITLE=title)
+def _make_page(title: str, style: str, body: str) -> str:
+    """A page; `body` is HTML already."""
+    return _fill(_FRAME, {"STYLE": _COLOURS + style, "BODY": body}, TITLE=title)
 
 
-def _page_reply(title: str, body: str, more: str = "") -> Reply:
+def _page_reply(title: str, body: str, **headers: str) -> Reply:
     """A page of the server's own."""
-    headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _PAGE_POLICY}
-    return _text_reply(_make_page(title, _PAGE_STYLE, body, more), headers=headers)
+    headers.update({"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _PAGE_POLICY})
+    return _text_reply(_make_page(title, _PAGE_STYLE, body), headers=headers)
 
 
 def _form_fields(command: Command) -> Iterator[str]:
@@ -4380,7 +4380,7 @@ _PAGE_POLICY = (
 )
 _FRAME = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">MORE
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>STYLE</style></head>
 <body>BODY</body></html>
 """
