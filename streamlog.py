@@ -424,7 +424,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Serve in threads of its own, and return at once. The end of the program closes it too."""
         if self._is_closing:
             raise RuntimeError("this server is closed: make another one")
-        _close_at_exit(self)
+        _watch_program()
+        _open.add(self)
         _files.add(self.socket)
         self._thread = _start_thread("streamlog", self.serve_forever)
         return self
@@ -829,7 +830,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             request.read_body = partial(self._read_form, request)
             reply = self.server._site.answer(request)
         except Error as error:
-            reply = _text_reply(f"{error}\n", error.status, error.headers)
+            reply = _refusal(error)
         outcome = self._send_run(request, reply, reply.run) if reply.run else self._send_whole(request, reply)
         _log.info(
             'client=%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
@@ -887,7 +888,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._start_feeder(request, run)
             refusal = isinstance(run, Task) and run.settle(reply.format, client)
             if refusal:
-                self._send_whole(request, _text_reply(f"{refusal}\n", refusal.status, refusal.headers))
+                self._send_whole(request, _refusal(refusal))
             elif reply.spool:
                 self._send_late(request, reply, run)
             else:
@@ -1364,6 +1365,10 @@ class Reply(NamedTuple):
 
 def _text_reply(text: str, status: int = 200, headers: _Texts = MappingProxyType({})) -> Reply:
     return Reply(status, {"Content-Type": _PLAIN_TEXT, "Vary": "Accept", **headers}, text.encode())
+
+
+def _refusal(error: Error) -> Reply:
+    return _text_reply(f"{error}\n", error.status, error.headers)
 
 
 def _json_reply(value: object, status: int = 200, headers: _Texts = MappingProxyType({})) -> Reply:
@@ -2211,7 +2216,7 @@ def _parse_command_argument(text: str) -> tuple[str, Command]:
     [(method, name, line)] = re.findall(rf"(?s)^(?:(?:([A-Za-z]+):)?({_NAME.pattern})=)?(.*)", text)
     if not name:
         name = "stdin" if line == "-" else os.path.basename(re.split(r"\s", line.lstrip("! \t\n"))[0])
-    return name, _make_command(name, {"command": line, **({"method": method} if method else {})})
+    return name, _make_command(name, {"command": line, "method": method or "GET"})
 
 
 def _read_config(path: str) -> Iterator[tuple[str, Command]]:
@@ -2486,7 +2491,7 @@ class _Runs:
         try:
             with closing(run):
                 while not run.is_over:
-                    with _watchdog(run, self._settings) as dog:
+                    with _watchdog(run) as dog:
                         self._copy(run, transcript, dog)
         except Exception:
             _log.exception("a bug: kept run of %s", entry.name)
@@ -2903,7 +2908,8 @@ class Process(Run):
         self._groups = {self.pid}
         self.takes_input = launch.stdin == "pipe"
         self._stdin = process.stdin if self.takes_input else None
-        for stream, file in (("stdin", process.stdin), ("stdout", process.stdout), ("stderr", process.stderr)):
+        for stream in ("stdin", "stdout", "stderr"):
+            file = getattr(process, stream)
             if file:
                 _files.add(file)
                 os.set_blocking(file.fileno(), False)
@@ -3125,13 +3131,13 @@ def _exists(pid: int) -> bool:
 
 
 @contextmanager
-def _watchdog(run: Run, settings: Settings) -> Iterator[_Events]:
+def _watchdog(run: Run) -> Iterator[_Events]:
     """Have a shell end the run's process group if this program is killed, which ends the shell's input. Yields what to
     poll for the end of the shell."""
     with ExitStack() as stack:
         watched = {}
         if isinstance(run, Process):
-            argv = ["/bin/sh", "-c", _WATCHDOG, f"{run.pid}", f"{settings.grace_seconds}"]
+            argv = ["/bin/sh", "-c", _WATCHDOG, f"{run.pid}", f"{run._settings.grace_seconds}"]
             none, env = subprocess.DEVNULL, {"PATH": os.defpath}
             try:
                 dog = subprocess.Popen(  # unbuffered, or in a fork closing its input could wait for a lock for ever
@@ -4288,8 +4294,8 @@ def _index_page(commands: _Commands, lines: _Texts, keepable: Iterable[str]) -> 
     for name, command in commands.items():
         has_get = "GET" in command.methods
         can_keep = name in keepable and not command.is_source and "async" not in command.parameters
-        keep = _KEEP if can_keep else ""
-        template = _COMMAND.replace("FORM", _FORM.replace("KEEP", keep) if has_get or not command.stdin else "")
+        form = _FORM.replace("KEEP", _KEEP if can_keep else "")
+        template = _COMMAND.replace("FORM", form if has_get or not command.stdin else "")
         markup = {"POST": "" if has_get else "<code>POST</code>", "FIELDS": "\n".join(_form_fields(command))}
         method = "get" if has_get else "post"
         texts = {"NAME": name, "METHOD": method, "ABOUT": command.about, "LINE": command.line, "CURL": lines[name]}
@@ -4421,14 +4427,10 @@ _AHEAD_BYTES = 1 << 20  # of output that is kept while a program writes input
 _open: WeakSet[Any] = WeakSet()  # servers, streams and applications of this program
 
 
-def _close_at_exit(owner: Any) -> None:
-    """Close an owner of runs at the end of the program, and let go of what it has in a forked process."""
-    _watch_program()
-    _open.add(owner)
-
-
 @cache
 def _watch_program() -> None:
+    """Close what is open at the end of the program, and let go of it in a forked process."""
+
     def close() -> None:
         for owner in list(_open):
             owner.shutdown()
@@ -4545,7 +4547,8 @@ class Stream(Iterator[bytes], AsyncIterator[bytes]):
         self._pieces = run.pieces(format_)
         self._ahead = collections.deque[bytes]()  # output that came while something else was waited for
         self._driving = Lock()  # held by the thread that looks after the run
-        _close_at_exit(self)
+        _watch_program()
+        _open.add(self)
 
     def __next__(self) -> bytes:
         if not self._ahead:
@@ -4746,7 +4749,7 @@ class _Application:
                 answer: Any = self._send(reply, reply.run, pieces)
                 next(answer)
         except Error as error:
-            reply = _text_reply(f"{error}\n", error.status, error.headers)
+            reply = _refusal(error)
         if not reply.run:
             answer = [] if environ["REQUEST_METHOD"] == "HEAD" else [reply.body]
         try:
