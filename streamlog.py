@@ -363,6 +363,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     request_queue_size = 4096  # the system caps it (listen(2)); a connection beyond it is delayed by a second
     allow_reuse_port = False  # a second server at the same address is a mistake
+    _made_socket: os.stat_result | None = None  # the socket's file, if it is ours to remove
+    _thread: Thread | None = None
+    _is_closing = False
+    _warned_at = -inf
 
     def __init__(
         self, commands: _Commands, settings: Settings = Settings(), listener: Optional[socket.socket] = None
@@ -372,8 +376,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._settings = settings
         self._socket_path = os.fsdecode(address) if self._reach is Reach.UNIX else ""
         self.port, self.url = 0, f"unix:{self._socket_path}"  # others are known once they are bound
-        self._made_socket: os.stat_result | None = None  # the socket's file, if it is ours to remove
-        self._is_closing = False
         self._closing = _Bell()  # every thread polls it beside its own work
         self._site = Site(commands, settings, self._reach, self._socket_path, self._closing)
         self._owner = os.getpid()
@@ -381,8 +383,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._clients: set[_Connection] = set()
         self._site.count_clients = self._clients.__len__
         self._idle: OrderedDict[_Connection, bool] = OrderedDict()  # the longest idle first
-        self._thread: Thread | None = None
-        self._warned_at = -inf
         # Half of the descriptors are for clients, or the runs could shut all others out.
         self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
         self._site.runs.limit(self._client_max)
@@ -2003,6 +2003,7 @@ class Command:
     env: _Texts = dataclasses.field(default_factory=dict)
     type: str = _PLAIN_TEXT
     is_report = False  # whether a page of it opens at its beginning, and does not follow its end
+    program = ""  # a task has none
 
     def __post_init__(self) -> None:
         self._check_options()
@@ -2033,7 +2034,7 @@ class Command:
             self._arguments = self._read_words(
                 ["cat" if self.is_source else given] if isinstance(given, str) else given
             )
-        self.program = "/bin/sh" if self.is_shell else "" if callable(given) else self._arguments[0]
+            self.program = "/bin/sh" if self.is_shell else self._arguments[0]
         self.defaults = {one.name: one.default for one in self.parameters.values()}
         for one in self.parameters.values():
             for value in [*one.choices, one.default]:
@@ -2434,9 +2435,7 @@ class _Runs:
         run = None
         try:
             run = entry.run = entry.make(settings, settings.timeout_seconds if timeout is None else timeout, release)
-            if _log.isEnabledFor(logging.DEBUG):
-                line = _printable(f"{run.line} {entry.values}")
-                _log.debug("started %s as %s: %s", entry.name, run, line)
+            _log.debug("started %s as %s: %s", entry.name, run, _printable(f"{run.line} {entry.values}"))
             return run
         except BaseException as error:
             if run:
@@ -3159,10 +3158,11 @@ class Task(Run):
     task. A thread cannot be ended by force: a task that never looks up keeps its slot.
     """
 
+    refusal: Error | None = None  # that it raised before it wrote anything
+    has_written = False
+
     def __init__(self, call: Call, settings: Settings, timeout: float | None, release: _Action) -> None:
         super().__init__(f"task {call}", settings, timeout)
-        self.refusal: Error | None = None  # that it raised before it wrote anything
-        self.has_written = False
         self._write_lock = Lock()  # guards the writer: threads that the task starts may log, too
         reader, writer = os.pipe()
         self.outputs[reader] = "stdout", _own(reader)
@@ -4059,12 +4059,12 @@ _RECORD_CHARACTERS = 64 * 1024  # the rest of a longer record is cut off
 def _own_commands(can_set: bool) -> Mapping[str, _Commands]:
     """The commands that show the program itself, by name and method; with a token, also what changes it. Their
     functions are called at once, and return text, or what makes a run."""
-    set_level = Command(_set_level, "Set a logger's level; GET shows the levels", "POST")
+    set_level = Command(_set_level, method="POST")
     return {
-        "log": {"GET": Command(_follow_log, "This program's log (live)")},
-        "stacks": {"GET": Command(_show_stacks, "What each thread of this program is doing")},
+        "log": {"GET": Command(_follow_log)},
+        "stacks": {"GET": Command(_show_stacks)},
         "level": {
-            "GET": Command(_show_levels, "Levels of loggers (set by POST, where there is a token)"),
+            "GET": Command(_show_levels),
             **(dict.fromkeys(("PUT", "POST"), set_level) if can_set else {}),
         },
     }
@@ -4088,11 +4088,12 @@ class _ProgramLog:
     handlers there are, and which loggers propagate, does not matter, and may change.
     """
 
+    transcript: Transcript | None = None
+    _stands = False  # whether it stands in for Logger.callHandlers
+
     def __init__(self) -> None:
-        self.transcript: Transcript | None = None
         self.let_go()
         self._kept: list[int] = []  # for each that watches, the bytes to keep
-        self._stands = False  # whether it stands in for this
         self._call_handlers = self._original = Logger.callHandlers
 
     def let_go(self) -> None:
@@ -4156,7 +4157,7 @@ def _call_handlers(logger: Logger, record: LogRecord) -> None:
 
 
 def _follow_log(tail: int = 10, level: str = "NOTSET", logger: str = "", follow: Literal[1, 0] = 1) -> _Maker:
-    """Follow this program's log, beginning with the newest records if they are kept (live)"""
+    """This program's log, from its newest records on if they are kept (live)"""
     least = _read_level(level)
 
     def wants(stream: str) -> bool:
@@ -4187,8 +4188,7 @@ def _find_logger(name: str) -> Logger:
     there = Logger.manager.loggerDict  # logging.getLogger would create a logger, and takes a lock
     while name and not isinstance(there.get(name), Logger):
         name = name.rpartition(".")[0]
-    found: Any = there.get(name, logging.root)
-    return found  # type: ignore[no-any-return]
+    return there.get(name, logging.root)  # type: ignore[return-value]
 
 
 def _read_level(text: str) -> int:
@@ -4203,7 +4203,7 @@ def _read_level(text: str) -> int:
 
 
 def _show_levels(logger: str = "") -> str:
-    """Show the level of a logger; without a name, that of the root and of those that have their own"""
+    """Levels of loggers that have their own, or of one (set by POST, where there is a token)"""
     there = Logger.manager.loggerDict
     if logger and logger != "root" and logger not in there:
         raise Error(f"there is no logger {logger[:200]!r} (yet)", 404)
@@ -4213,7 +4213,7 @@ def _show_levels(logger: str = "") -> str:
 
 
 def _set_level(level: str, logger: str = "root") -> str:
-    """Set the level of a logger; NOTSET makes it take that of the one above (GET shows the levels)"""
+    """Set a logger's level; NOTSET makes it take that of the one above (GET shows the levels)"""
     number = _read_level(level)
     shown = _show_levels(logger)  # it refuses a logger that is not there
     logging.getLogger(logger).setLevel(number)
@@ -4221,7 +4221,7 @@ def _set_level(level: str, logger: str = "root") -> str:
 
 
 def _show_stacks() -> str:
-    """Show what each thread is doing"""
+    """What each thread of this program is doing"""
     main = threading.main_thread().ident
     names = {thread.ident: thread.name + " (daemon)" * thread.daemon for thread in threading.enumerate()}
     return "\n".join(  # a variable here would hold its own frame, and with it what all the others hold
@@ -4836,8 +4836,8 @@ class _Flags(Settings):
     insight: bool = False
 
     def _name(self, field: str) -> str:
-        flag: str = self.__dataclass_fields__["token_file" if field == "token" else field].metadata["flag"]
-        return re.findall("--[a-z-]+", flag)[0]  # type: ignore[no-any-return]
+        field = "token_file" if field == "token" else field
+        return re.findall("--[a-z-]+", self.__dataclass_fields__[field].metadata["flag"])[0]  # type: ignore[no-any-return]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
