@@ -485,15 +485,14 @@ class Server(http.server.ThreadingHTTPServer):
             self._changed.notify_all()
 
     def _make_room(self, error: Exception) -> None:
-        """Log a shortage now and then, evict an idle client, and do not spin meanwhile."""
+        """Evict an idle client, do not spin meanwhile, and log the shortage now and then."""
         if self._is_closing:  # the listener may be closed already
             return
-        if monotonic() >= self._warned_at + 60:
-            self._warned_at = monotonic()
-            with suppress(Exception):  # a host program may have logging filters that fail
-                _log.warning("cannot serve a new connection: %r", error)
         self._evict()
         _poll({self._closing.descriptor: POLLIN}, monotonic() + 0.1)
+        if monotonic() >= self._warned_at + 60:
+            self._warned_at = monotonic()
+            _log.warning("cannot serve a new connection: %r", error)  # a host program may have filters that fail
 
     def _evict(self) -> bool:
         """Close the connection that has been idle for longest; False if none is idle."""
@@ -1852,6 +1851,7 @@ class Parameter(NamedTuple):
     default: str | None
     choices: Sequence[str]
     is_list: bool = False  # whether it may be given more than once: each value is a line
+    read: Callable[[str], object] = str  # what a task gets
 
     def find_problem(self, value: str, starts_argument: bool = True, may_be_option: bool = False) -> str:
         """What is wrong with a value where it is to stand, or an empty string."""
@@ -2025,7 +2025,7 @@ class Command:
             if self.stdin or self.pty or self.env or self.cwd:
                 raise ConfigError("a task has no process: stdin, pty, env and cwd are not for it")
             self.about = self.about or (inspect.getdoc(given) or "").partition("\n")[0]
-            self._converts = dict(_read_signature(given, self.parameters))
+            _read_signature(given, self.parameters)
             self._arguments = [f"\0_{name}\1" for name in self.parameters]
             name = str(getattr(given, "__name__", given)).lstrip("_")
             self.line = f"{name}({', '.join(self.parameters)})" if name.isidentifier() else name
@@ -2091,7 +2091,7 @@ class Command:
             raise Error(f"the values of {name!r} may have {_VALUE_BYTES} bytes at most, each as often as it is used")
         if callable(self.command):
             try:
-                return Call(self.command, {key: self._converts[key](value) for key, value in bound.items()})
+                return Call(self.command, {key: self.parameters[key].read(value) for key, value in bound.items()})
             except ValueError as error:  # Python reads no int of thousands of digits
                 raise Error(f"a value of {name!r} cannot be read: {error}") from None
         env = self._environment
@@ -2125,8 +2125,8 @@ class Command:
         return text
 
 
-def _read_signature(task: Any, parameters: dict[str, Parameter]) -> Iterator[tuple[str, Callable[[str], object]]]:
-    """Add the parameters of a task to the others; yields how each is made of text. Raises ConfigError."""
+def _read_signature(task: Any, parameters: dict[str, Parameter]) -> None:
+    """Add the parameters of a task to the others. Raises ConfigError."""
     function = _find_function(task)
     try:
         signature = inspect.signature(task)
@@ -2141,14 +2141,13 @@ def _read_signature(task: Any, parameters: dict[str, Parameter]) -> Iterator[tup
         default = parameter.default
         annotation = hints.get(name, str if default in (None, parameter.empty) else type(default))
         try:
-            made, read = _read_annotation(name, annotation if default is not None else Optional[annotation])
+            made = _read_annotation(name, annotation if default is not None else Optional[annotation])
         except (LookupError, TypeError, ValueError):
             raise ConfigError(
                 f"parameter {name!r} of a task must be a str, int, float, bool, Path, Literal or Enum, or an Optional "
                 f"or a list of one: {annotation!r}"
             ) from None
         parameters[name] = made._replace(default=None if default is parameter.empty else _text_of(default))
-        yield name, read
 
 
 def _find_function(task: Any) -> _Function:
@@ -2162,28 +2161,27 @@ def _find_function(task: Any) -> _Function:
     return task  # type: ignore[no-any-return]
 
 
-def _read_annotation(name: str, annotation: Any) -> tuple[Parameter, Callable[[str], object]]:
-    """A parameter for values of a type, and what makes them of text. Raises LookupError, TypeError or ValueError for a
-    type that is not known."""
+def _read_annotation(name: str, annotation: Any) -> Parameter:
+    """A parameter for values of a type. Raises LookupError, TypeError or ValueError for a type that is not known."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if type(None) in arguments:  # empty text stands for None, as a form sends it
         [inner] = set(arguments) - {type(None)}
-        made, read = _read_annotation(name, inner)
+        made = _read_annotation(name, inner)
         pattern = re.compile(f"(?:{made.pattern.pattern})?", made.pattern.flags)
-        made = made._replace(pattern=pattern, choices=made.choices and ["", *made.choices])
-        return made, lambda text: read(text) if text else None
+        choices = made.choices and ["", *made.choices]
+        return made._replace(pattern=pattern, choices=choices, read=lambda text: made.read(text) if text else None)
     if list in (origin, annotation):
-        made, read = _read_annotation(name, *(arguments or [str]))
-        return made._replace(is_list=True), lambda text: [*map(read, text.splitlines())]
+        made = _read_annotation(name, *(arguments or [str]))
+        return made._replace(is_list=True, read=lambda text: [*map(made.read, text.splitlines())])
     if annotation is bool:
         pattern = re.compile("1|0|yes|no|true|false|on|off", re.IGNORECASE)
-        return _make_parameter(name, "yes|no", None)._replace(pattern=pattern), _read_switch
+        return _make_parameter(name, "yes|no", None)._replace(pattern=pattern, read=_read_switch)
     if origin is Literal or isinstance(annotation, enum.EnumMeta):
         known = {_text_of(value): value for value in arguments or annotation}
-        return _make_parameter(name, "|".join(known), None, list(known)), known.__getitem__
+        return _make_parameter(name, "|".join(known), None, list(known))._replace(read=known.__getitem__)
     is_path = isinstance(annotation, type) and issubclass(annotation, os.PathLike)
     type_ = "path" if is_path else {str: "text", int: "int", float: "float"}[annotation]
-    return _make_parameter(name, type_, None), annotation
+    return _make_parameter(name, type_, None)._replace(read=annotation)
 
 
 def _text_of(value: Any) -> str:
@@ -2435,7 +2433,8 @@ class _Runs:
         run = None
         try:
             run = entry.run = entry.make(settings, settings.timeout_seconds if timeout is None else timeout, release)
-            _log.debug("started %s as %s: %s", entry.name, run, _printable(f"{run.line} {entry.values}"))
+            if _log.isEnabledFor(logging.DEBUG):
+                _log.debug("started %s as %s: %s", entry.name, run, _printable(f"{run.line} {entry.values}"))
             return run
         except BaseException as error:
             if run:
@@ -4126,7 +4125,7 @@ class _ProgramLog:
             transcript.wake()
 
     @contextmanager
-    def watch(self, keep_bytes: int = 0) -> Iterator[Transcript | None]:
+    def watch(self, keep_bytes: int = 0) -> Iterator[Any]:
         """See all records meanwhile, and keep so many bytes of the newest."""
         with self._lock:
             self._kept.append(keep_bytes)
@@ -4170,7 +4169,6 @@ def _follow_log(tail: int = 10, level: str = "NOTSET", logger: str = "", follow:
         with ExitStack() as stack:
             stack.callback(release)
             transcript = stack.enter_context(_program_log.watch(_LOG_BYTES))
-            assert transcript
             starts, at, end = collections.deque[int](maxlen=max(0, tail)), transcript.start, transcript.end
             while at < end:
                 at, stream, data = transcript.read(at, transcript.size, end)
