@@ -818,11 +818,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Read a request, answer it, and log it."""
-        request, line = _UNREAD, ""
+        request, line, settings = _UNREAD, "", self.server._settings
         self.close_connection = True
         started = monotonic()
         try:
-            lines = self._read_head()
+            # A connection may idle for a while, but a head must arrive quickly.
+            with self._within(settings.idle_seconds):
+                self.rfile.peek(1)
+            with self._within(settings.head_seconds, "head"):
+                lines = _read_head(self.rfile)
             started, line = monotonic(), _printable(lines[0])
             request = _parse_head(lines)
             self.close_connection = request.is_last
@@ -836,14 +840,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             *(self.client_address, line, self.status, outcome.exit_code if outcome.is_final else "-"),
             *(self.wfile.body_bytes, monotonic() - started, outcome.reason or "exit"),
         )
-
-    def _read_head(self) -> list[str]:
-        """The lines of the next head. A connection may idle for a while, but a head must arrive quickly."""
-        settings = self.server._settings
-        with self._within(settings.idle_seconds):
-            self.rfile.peek(1)
-        with self._within(settings.head_seconds, "head"):
-            return _read_head(self.rfile)
 
     def _read_form(self, request: Request) -> bytes:
         """The whole body of a request."""
@@ -1416,7 +1412,7 @@ class Site:
     def close(self) -> None:
         """Drop what is kept of runs and of the log."""
         self._log.close()
-        self.runs.close()
+        self.runs._kept.clear()
 
     def answer(self, request: Request) -> Reply:
         """Answer a request. Raises Error for a refusal; nothing has been run then.
@@ -2589,10 +2585,6 @@ class _Runs:
             thread.join(max(0.0, deadline - monotonic()))
         return not any(thread.is_alive() for thread in threads)
 
-    def close(self) -> None:
-        """Drop all transcripts."""
-        self._kept.clear()
-
     def count_end(self, name: str, outcome: Outcome, sent_bytes: int) -> None:
         """Count a run that has ended."""
         with self._lock:
@@ -3353,11 +3345,14 @@ class Format:
     def __post_init__(self) -> None:
         heartbeat = self.options.heartbeat_seconds
         self._quiet_seconds = heartbeat if heartbeat < inf else self.comment_seconds
-        self._last_output = self.timer()  # when the run last wrote
-        self.due = self._last_output + self._quiet_seconds  # when `pause` is to be called
+        self._note_output()
         self._has_prefix = self.options.timestamps or self.options.hostname
         if self._has_prefix:
             self.block_bytes = _BLOCK_MIN_BYTES
+
+    def _note_output(self) -> None:
+        self._last_output = self.timer()  # when the run last wrote
+        self.due = self._last_output + self._quiet_seconds  # when `pause` is to be called
 
     @property
     def can_skip(self) -> bool:
@@ -3372,8 +3367,7 @@ class Format:
 
     def feed(self, stream: str, data: bytes) -> bytes:
         """Output of the run, as the client gets it."""
-        self._last_output = self.timer()
-        self.due = self._last_output + self._quiet_seconds
+        self._note_output()
         starts_line, self._at_line_start = self._at_line_start, data[-1:] == b"\n"
         if not self._has_prefix:
             return data
@@ -3603,8 +3597,7 @@ class Html(Format):
         self.beginning = page.partition("</body>")[0].encode()  # `end` writes the rest
 
     def feed(self, stream: str, data: bytes) -> bytes:
-        self._last_output = self.timer()
-        self.due = self._last_output + self._quiet_seconds
+        self._note_output()
         stamp = f"<time>{_timestamp(self.clock())}</time> " if self.options.timestamps else ""
         self._prefix = f"{stamp}<b>{html.escape(self.options.hostname)}</b> " if self.options.hostname else stamp
         lane = self._lanes[stream == "stderr"]
