@@ -259,7 +259,8 @@ _ORIGIN = _Rule(
 
 def _setting(default: Any, flag: str, rule: _Rule = _TEXT, is_shown: bool = True) -> Any:
     """A field. `flag` is how the command line sets it, if it can, and what it does; {} stands for the default."""
-    return dataclasses.field(default=default, repr=is_shown, metadata={"flag": flag, "rule": rule})
+    flag, _, about = flag.format(default).partition(" | ")
+    return dataclasses.field(default=default, repr=is_shown, metadata={"flag": flag, "about": about, "rule": rule})
 
 
 @dataclass(frozen=True)
@@ -330,8 +331,7 @@ class Settings:
 
 
 for _field in dataclasses.fields(Settings):
-    _about = _field.metadata["flag"].format(_field.default).partition(" | ")[2]
-    Settings.__doc__ = f"{Settings.__doc__}\n\n    {_field.name}: {_about}"
+    Settings.__doc__ = f"{Settings.__doc__}\n\n    {_field.name}: {_field.metadata['about']}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3079,7 +3079,7 @@ def _spawn(launch: Launch, settings: Settings) -> tuple[subprocess.Popen[bytes],
         number = getattr(error, "errno", 0)
         if number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
             raise _shortage(error) from None
-        where = f" in {launch.cwd!r}" if launch.cwd is not None else ""
+        where = f" in {launch.cwd!r}" if launch.cwd else ""
         hint = " (a script needs a #! line)" if number == errno.ENOEXEC else ""
         why = f"{getattr(error, 'strerror', None) or error}{hint}"
         raise Error(f"cannot start {launch.argv[0]!r}{where}: {why}", 500) from None
@@ -3188,9 +3188,8 @@ class Task(Run):
             if client:
                 client.react(ready)
         if self.refusal:
-            while not self.is_over:
-                for descriptor in self.wait({}):
-                    self.read(descriptor)
+            for _ in self.pieces(None):
+                pass
         return self.refusal
 
     def _perform(self, call: Call, release: _Action) -> None:
@@ -4871,8 +4870,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
     parser.add_argument("--version", action="version", version=f"streamlog {__version__}")
     lines = []
     for field in dataclasses.fields(_Flags):
-        flag, _, about = field.metadata.get("flag", "").format(field.default).partition(" | ")
+        flag = field.metadata.get("flag")
         if flag:
+            about = field.metadata["about"]
             names = re.findall(r"--?[a-z-]+", flag)
             how: dict[str, Any] = {"action": "store_true"}
             if not isinstance(field.default, bool):
