@@ -1715,7 +1715,7 @@ class _Entry:
     make: _Maker  # starts the run
     run: Run
     transcript: Transcript
-    thread: Thread | None = None
+    thread: Thread
     key: object = None  # what a request must have in common with the run to share it
     ended = 0.0  # monotonic() of the end of a kept run
     linger_seconds = inf  # how long the run goes on after its last viewer has left
@@ -2522,7 +2522,7 @@ class _Runs:
             raise Error("there is no such run: an id has 22 letters, digits, '-' and '_'", 404)
         self._drop_ended()
         entry = self._kept.get(id_)
-        if entry is None:
+        if not entry:
             raise Error("that run is no longer kept, or belongs to another server: see /-/runs", 410)
         return entry
 
@@ -2580,7 +2580,7 @@ class _Runs:
 
     def join(self, deadline: float) -> bool:
         """Wait for the kept runs to end; False if some have not by the deadline."""
-        threads = [entry.thread for entry in self._entries() if entry.thread]
+        threads = [entry.thread for entry in self._entries()]
         for thread in threads:
             thread.join(max(0.0, deadline - monotonic()))
         return not any(thread.is_alive() for thread in threads)
@@ -4096,7 +4096,7 @@ class _ProgramLog:
     def emit(self, record: LogRecord) -> None:
         line = f"{record.levelname} {record.name}: {_record_text(record)}\n".encode(errors="backslashreplace")
         task = _task.get()
-        if task is not None:
+        if task:
             with suppress(OSError):
                 task.write(line)
         with self._lock:
