@@ -3182,8 +3182,7 @@ class Task(Run):
     def settle(self, format_: Any, client: _Connection | None = None) -> Error | None:
         """Wait for output or the end, but not longer than until the format has something due. Returns the Error that
         the task has raised before any output, if so; it is over then."""
-        ready: _Events = {}
-        while not (self.is_over or ready.keys() & self.outputs.keys() or monotonic() >= format_.due):
+        while not (self.has_written or self.exit_code is not None or monotonic() >= format_.due):
             ready = self.wait(client.watched() if client else {}, format_.due)
             if client:
                 client.react(ready)
@@ -4786,9 +4785,11 @@ def _read_environ(environ: Mapping[str, Any]) -> Request:
     if prefix and not path:  # the index page's links are relative
         raise Error(f"the commands are at {prefix}/", 308, {"Location": f"{prefix}/"})
     lines = [f"{environ['REQUEST_METHOD']} {path or '/'}?{environ.get('QUERY_STRING', '')} HTTP/1.1"]
-    for key, value in environ.items():
-        if value and re.match("HTTP_|CONTENT_(TYPE|LENGTH)$", key):
-            lines.append(f"{key.removeprefix('HTTP_').replace('_', '-')}: {value}")
+    lines += [
+        f"{key.removeprefix('HTTP_').replace('_', '-')}: {value}"
+        for key, value in environ.items()
+        if value and re.match("HTTP_|CONTENT_(TYPE|LENGTH)$", key)
+    ]
     request = _parse_head(lines)
     if request.is_chunked and not environ.get("wsgi.input_terminated"):
         raise Error("the server in front does not pass a chunked body on: send it with a Content-Length", 411)
