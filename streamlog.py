@@ -309,9 +309,9 @@ class Settings:
     log: int = _setting(0, " | bytes of this program's newest log records that are kept for /log (0: none)", _SIZE)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(Settings):
-            value, rule = getattr(self, field.name), field.metadata["rule"]
-            if value != field.default:
+        for field in dataclasses.fields(self):
+            value, rule = getattr(self, field.name), field.metadata.get("rule")
+            if rule and value != field.default:
                 values = value if field.default == () else [value]
                 if isinstance(values, str) or not isinstance(values, Iterable):
                     raise ConfigError(f"{field.name} must be a list; each item must be {rule.demand}: {value!r}")
@@ -4820,9 +4820,9 @@ class _Flags(Settings):
 
     config: Sequence[str] = _setting((), "-c, --config FILE | read commands from this file first; may be repeated")
     token_file: Optional[str] = _setting(None, "--token-file FILE | demand the token in it; or set STREAMLOG_TOKEN")
-    check: bool = _setting(False, "--check | print the commands as they were understood, and exit")
-    verbose: bool = _setting(False, "-v, --verbose | also log each start of a command")
-    quiet: bool = _setting(False, "-q, --quiet | print only the address at start, and log only warnings")
+    check: bool = _setting(False, "--check | print the commands as they were understood, and exit", _SWITCH_RULE)
+    verbose: bool = _setting(False, "-v, --verbose | also log each start of a command", _SWITCH_RULE)
+    quiet: bool = _setting(False, "-q, --quiet | print only the address at start, and log only warnings", _SWITCH_RULE)
     commands: Sequence[str] = ()
     insight: bool = False
 
