@@ -54,11 +54,12 @@ what a client sees:
   html ?timestamps=1 puts the time before each line, ?hostname=1 this machine's name (in ndjson
   too). ?heartbeat=SEC reports after that long a silence that the run goes on. ?footer=1 adds a
   last line with exit code and duration, as a browser gets; ?footer=0 omits it. In a browser, /
-  has a form for each command.
+  has a row for each command, and /-/runs lists what is running, and can stop it.
 
 runs that outlive a connection:
   ?async=1 starts a run and answers with its address, /-/runs/ID: GET replays and follows it
-  (?tail=N lines, ?follow=0, Range), in JSON its state; DELETE stops it; /-/runs lists them.
+  (?tail=N lines, ?follow=0, Range), in JSON its state; DELETE stops it, or drops it if it has
+  ended. /-/runs lists these runs, and all others that go on.
   ?wait answers when the run has ended: with its exit code in a header, 500 if it failed, and
   507 if its output is more than is kept.
 
@@ -442,7 +443,7 @@ class Server(http.server.ThreadingHTTPServer):
             watched = {self._closing.descriptor: POLLIN, self.fileno(): POLLIN}
             try:
                 if monotonic() >= sweep:  # what is too old goes even if nobody looks
-                    self._site.runs.kept()
+                    self._site.runs.listed()
                     sweep = monotonic() + _SWEEP_SECONDS
                 if self.fileno() in _poll(watched, min(sweep, monotonic() + interval)):
                     self._accept()
@@ -830,10 +831,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             started, line = monotonic(), _printable(lines[0])
             request = _parse_head(lines)
             self.close_connection = request.is_last
-            request.read_body = partial(self._read_form, request)
+            request.read_body, request.client = partial(self._read_form, request), str(self.client_address)
             reply = self.server._site.answer(request)
         except Error as error:
-            reply = _refusal(error)
+            reply = _error_reply(error, request)
         outcome = self._send_run(request, reply, reply.run) if reply.run else self._send_whole(request, reply)
         _log.info(
             'client=%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
@@ -883,7 +884,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._start_feeder(request, run)
             refusal = isinstance(run, Task) and run.settle(reply.format, client)
             if refusal:
-                self._send_whole(request, _refusal(refusal))
+                self._send_whole(request, _error_reply(refusal, request))
             elif reply.spool:
                 self._send_late(request, reply, run)
             else:
@@ -891,7 +892,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             outcome = run.outcome
             if reply.length not in (None, client.body_bytes):
                 outcome = outcome._replace(reason=_OVERTAKEN)
-            if client.is_chunked and not outcome.reason:  # a client can tell a cut answer by the absence of this chunk
+            # A client can tell a cut answer by the absence of this chunk. A browser would drop the end, which tells it.
+            if client.is_chunked and (not outcome.reason or isinstance(reply.format, Html)):
                 has_trailer = request.wants_trailers and outcome.is_final
                 client.send(b"0\r\n", b"Exit-Code: %d\r\n" % outcome.exit_code if has_trailer else b"", b"\r\n")
         except _Gone as gone:
@@ -913,7 +915,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._ask_for_body(request)
 
         def feed() -> None:
-            run.feed(_read_body(self.rfile, request))
+            run.feed(request.input or _read_body(self.rfile, request))
             self._is_body_coming = False
             run.bell.ring()
 
@@ -1065,6 +1067,9 @@ class Request:
         self.is_last = self.is_http_1_0 or self.has_body or "close" in _split_list(get("connection", ""))
         self.wants_trailers = "trailers" in _split_list(get("te", ""))
         self.fields = _parse_query(self.query)
+        self.root = "../" * (self.path.count("/") - 1) or "./"  # the site, as a relative URL
+        self.client = ""  # its address
+        self.input: list[bytes] = []  # of the command, if it is a field of a form
         self.options: _Texts = {}  # the server's own among the fields, once the site has told them apart
         # Our answers have no validator, so no If-Range is met (RFC 9110 section 13.1.5).
         self.range = "" if self.method == "HEAD" or "if-range" in self.headers else get("range", "")
@@ -1336,7 +1341,9 @@ _FORMAT_OPTIONS = {
     "wait": _SWITCH,
 }
 _RUN_OPTIONS = {**_FORMAT_OPTIONS, "async": _SWITCH}
+_INPUT_OPTIONS = {**_RUN_OPTIONS, "-": ("form", "form")}  # no parameter can be called so
 _REPLAY_OPTIONS = {**_FORMAT_OPTIONS, "follow": _SWITCH}
+_STOP_OPTIONS = {"drop": _SWITCH, "quiet": _SWITCH}
 _NEGOTIATED = {
     "text/event-stream": "sse",
     "application/x-ndjson": "ndjson",
@@ -1362,8 +1369,12 @@ def _text_reply(text: str, status: int = 200, headers: _Texts = MappingProxyType
     return Reply(status, {"Content-Type": _PLAIN_TEXT, "Vary": "Accept", **headers}, text.encode())
 
 
-def _refusal(error: Error) -> Reply:
-    return _text_reply(f"{error}\n", error.status, error.headers)
+def _error_reply(error: Error, request: Request) -> Reply:
+    """A refusal: a line of text, or a page with a way back for a browser."""
+    if "text/html" not in request.accepted:
+        return _text_reply(f"{error}\n", error.status, error.headers)
+    markup = {"ROOT": request.root, "TEXT": html.escape(str(error))}
+    return _page_reply(HTTPStatus(error.status).phrase, _ERROR, markup, error.headers, error.status)
 
 
 def _json_reply(value: object, status: int = 200, headers: _Texts = MappingProxyType({})) -> Reply:
@@ -1389,7 +1400,7 @@ class Site:
             "/": self._index,
             "/-/metrics": lambda _: _text_reply(self.runs.metrics(self.count_clients()), 200, _METRICS_HEADERS),
             "/-/healthy": lambda _: _text_reply("ok"),
-            "/-/idle": lambda _: _page_reply("Idle", _IDLE),
+            "/-/idle": lambda _: _page_reply("Idle", _IDLE, {}),
             "/robots.txt": lambda _: _text_reply("User-agent: *\nDisallow: /\n"),
             "/favicon.ico": lambda _: Reply(204, {}),  # browsers ask for it by themselves
             "*": lambda _: Reply(204, {}),
@@ -1431,7 +1442,10 @@ class Site:
         allow = ", ".join(sorted([*answers, "OPTIONS"]))
         answers["OPTIONS"] = lambda _: Reply(204, {"Allow": allow})
         if request.method not in answers:
-            raise Error(f"{request.path} takes {allow}, not {request.method[:200]}", 405, {"Allow": allow})
+            text, name = f"{request.path} takes {allow}, not {request.method[:200]}", request.path[1:]
+            if name in self._listed():
+                text += f"; try: {self.curl_line(self._url(request), name, self._listed()[name])}"
+            raise Error(text, 405, {"Allow": allow})
         if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise Error("the only expectation that this server can meet is 100-continue", 417)
         if "websocket" in _split_list(request.headers.get("upgrade", "")):
@@ -1453,15 +1467,18 @@ class Site:
 
     def _run(self, name: str, command: Command, request: Request) -> Reply:
         """Run a command, and answer with its output."""
-        sort = partial(_sort_fields, name, command.parameters, known=_RUN_OPTIONS)
+        sort = partial(_sort_fields, name, command.parameters, known=_INPUT_OPTIONS if command.stdin else _RUN_OPTIONS)
         values, request.options = sort(request.fields)
         takes_input = command.is_source or (command.stdin and request.has_body)
-        if request.has_body and not command.stdin:
+        if request.has_body and (not command.stdin or "-" in request.options):
             self.runs.check_slot(name, command)
-            values, request.options = sort(request.fields + _parse_form(request))
+            fields = _parse_form(request)
+            if command.stdin:
+                request.input = [dict(fields).get("-", "").replace("\r\n", "\n").encode()]
+            values, request.options = sort(request.fields + [field for field in fields if field[0] != "-"])
         elif takes_input and request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Error("the body is passed to the command as it is: send it as curl -T or --data-binary does", 415)
-        entry = _Entry(name, command, values)
+        entry = _Entry(name, command, values, request.client)
         options, headers = self._read_options(entry, request)
         keeping = self._find_keeping(entry, request, takes_input)
         if re.fullmatch("bytes=0*[1-9][0-9]*-", request.range):
@@ -1508,7 +1525,7 @@ class Site:
             self.runs.keep(entry)
             path, format_ = f"/-/runs/{entry.id}", request.options.get("format")
             if "text/html" in request.accepted:
-                return Reply(303, {"Location": f"{path}?format={format_}" if format_ else path})
+                return Reply(303, {"Location": f".{path}?format={format_}" if format_ else f".{path}"})
             if "application/json" in request.accepted:
                 return _json_reply(entry.state, 202, {"Location": path})
             return _text_reply(f"{self._url(request)}{path}\n", 202, {"Location": path})
@@ -1521,13 +1538,18 @@ class Site:
     def _answer_kept(self, request: Request) -> Reply:
         """Show a kept run, or stop it."""
         entry = self.runs.find(request.path[len("/-/runs/") :])
-        _, request.options = _sort_fields("/-/runs", {}, request.fields, _REPLAY_OPTIONS)
+        known = _STOP_OPTIONS if request.method in ("DELETE", "POST") else _REPLAY_OPTIONS
+        _, request.options = _sort_fields("/-/runs", {}, request.fields, known)
         if request.method in ("DELETE", "POST"):
+            if entry.ended and (request.method == "DELETE" or _is_on(request, "drop")):
+                self.runs.drop(entry)
             entry.run.stop(_ON_REQUEST)
+            if _is_on(request, "quiet"):  # a page goes on to show the run
+                return Reply(204, {})
             if "text/html" in request.accepted:
                 return Reply(303, {"Location": "../runs"})
             return _json_reply(entry.state, 202)
-        if "application/json" in request.accepted and "format" not in request.options:
+        if not entry.transcript or ("application/json" in request.accepted and "format" not in request.options):
             return _json_reply(entry.state)
         return self._replay(entry, request)
 
@@ -1588,7 +1610,8 @@ class Site:
                 timestamps=_is_on(request, "timestamps"),
                 hostname=socket.gethostname() if _is_on(request, "hostname") else "",
                 heartbeat_seconds=float(given.get("heartbeat", usual)),
-                title=f"{entry.name}: {command.line}",
+                title=str(entry),
+                head=_view_head(entry, request, self._can_keep) if format_ == "html" else "",
                 is_report=command.is_report,
                 columns=(command.terminal or self._settings.terminal_size)[0],
             )
@@ -1600,19 +1623,20 @@ class Site:
         return options, headers
 
     def _list_runs(self, request: Request) -> Reply:
-        """The kept runs: as a page that reloads itself, as JSON, or one a line."""
-        entries = self.runs.kept()
+        """The runs: as a page that reloads itself, as JSON, or one a line."""
+        entries = self.runs.listed()
         if "text/html" in request.accepted:
-            rows = "".join(map(_run_row, entries)) or "<p>None.</p>"
-            return _page_reply("Runs", rows, Refresh="3")
+            rows = "".join(map(_run_row, entries)) or _NO_RUNS
+            is_paused = ("follow", "0") in request.fields
+            markup, headers = {"ROWS": rows, "HOW": _FOLLOW if is_paused else _PAUSE}, {"Refresh": "5"}
+            return _page_reply(f"Runs on {socket.gethostname()}", _RUNS, markup, {} if is_paused else headers)
         if "application/json" in request.accepted:
             return _json_reply({"runs": [entry.state for entry in entries]})
-        return _text_reply(
-            "".join(
-                f"{entry.id}  {_timestamp(entry.started_at)}  {_printable(str(entry))}  {entry.note}\n"
-                for entry in entries
-            )
+        lines = (
+            f"{one.id}  {_timestamp(one.started_at)}  {one.client}  {one.size} bytes  {one}  {one.note}"
+            for one in entries
         )
+        return _text_reply("".join(f"{_printable(line)}\n" for line in lines))
 
     def _listed(self) -> dict[str, Command]:
         """The commands of the index, by name; one of our own that has parameters by POST is listed so."""
@@ -1643,7 +1667,7 @@ class Site:
         }
         query, words = urllib.parse.urlencode(values, safe="/:,@"), []
         if command.stdin:
-            words = ["-T", "."]
+            words = ["-T", "." if command.pty else "FILE"]  # . sends as it is typed
         elif "POST" in command.methods:
             words, query = ["-d", query] if query else ["-X", "POST"], ""
         words.append(f"{url}/{name}?{query}".rstrip("?"))
@@ -1714,18 +1738,20 @@ class _Entry:
 
     make: _Maker  # starts the run
     run: Run
-    transcript: Transcript
+    transcript: Any = None  # a Transcript, of a kept run
     thread: Thread
     key: object = None  # what a request must have in common with the run to share it
     ended = 0.0  # monotonic() of the end of a kept run
+    outcome: Outcome | None = None  # then
     linger_seconds = inf  # how long the run goes on after its last viewer has left
     viewers = 0
 
-    def __init__(self, name: str, command: Command, given: _Texts) -> None:
+    def __init__(self, name: str, command: Command, given: _Texts, client: str = "") -> None:
         self.id = secrets.token_urlsafe(16)
         self.name = name
         self.command = command
         self.values = {**command.defaults, **given}
+        self.client = client  # that asked for it
         self.started_at = time.time()
         self._lock = Lock()  # guards the viewers
 
@@ -1735,17 +1761,23 @@ class _Entry:
     @property
     def note(self) -> str:
         """The state, for people."""
-        return self.transcript.outcome.note if self.transcript.outcome else "running"
+        return self.outcome.note if self.outcome else "stopping" if self.run.is_stopping else "running"
+
+    @property
+    def size(self) -> int:
+        """The bytes of output so far."""
+        return self.transcript.end if self.transcript else self.run.output_bytes
 
     @property
     def state(self) -> dict[str, object]:
         """The state, for JSON. Times are RFC 3339, sizes are bytes."""
-        transcript, outcome = self.transcript, self.transcript.outcome
+        outcome, transcript = self.outcome, self.transcript
         seconds = outcome.seconds if outcome else monotonic() - self.run.started
         return {
             "id": self.id,
             "command": self.name,
             "values": self.values,
+            "client": self.client,
             "state": "ended" if outcome else "running",
             "started": _timestamp(self.started_at),
             "ended": outcome and _timestamp(self.started_at + seconds),
@@ -1753,8 +1785,9 @@ class _Entry:
             "exit_code": outcome and outcome.exit_code,
             "signal": outcome and outcome.signal,
             "reason": outcome and (outcome.reason or "exit"),
-            "bytes": transcript.end,
-            "first_byte": transcript.start,
+            "bytes": self.size,
+            "first_byte": transcript and transcript.start,
+            "kept": bool(transcript),
         }
 
     @property
@@ -2374,6 +2407,7 @@ class Outcome(NamedTuple):
     def note(self) -> str:
         """The end as a line for people."""
         end = f"stopped: {self.reason}" if self.reason else f"exit {self.exit_code}"
+        end = "stopped" if self.reason == _ON_REQUEST else end
         return f"[{end}, {self.seconds:.1f} s]" if self.is_final else "[not the end]"
 
 
@@ -2492,6 +2526,7 @@ class _Runs:
         outcome = run.outcome
         entry.ended = monotonic()
         transcript.finish(outcome)
+        entry.outcome = outcome
         self._drop_ended()
         self.count_end(entry.name, outcome, transcript.end)
         _log.info(
@@ -2520,16 +2555,22 @@ class _Runs:
         """The kept run of an id. Raises Error."""
         if not re.fullmatch(r"[A-Za-z0-9_-]{22}", id_):
             raise Error("there is no such run: an id has 22 letters, digits, '-' and '_'", 404)
-        self._drop_ended()
-        entry = self._kept.get(id_)
-        if not entry:
-            raise Error("that run is no longer kept, or belongs to another server: see /-/runs", 410)
-        return entry
+        for entry in self.listed():
+            if entry.id == id_:
+                return entry
+        raise Error("that run has ended and is not kept, or belongs to another server: see /-/runs", 410)
 
-    def kept(self) -> list[_Entry]:
-        """The kept runs, the newest first."""
+    def listed(self) -> list[_Entry]:
+        """The runs that go on, the oldest first, and the kept ones that have ended, the newest first."""
         self._drop_ended()
-        return self._entries()[::-1]
+        going = {entry.id: entry for entry in list(self.active) if hasattr(entry, "run")}
+        listed = {**self._kept, **going}.values()
+        return sorted(listed, key=lambda one: (-one.started_at, 0) if one.ended else (-inf, one.started_at))
+
+    def drop(self, entry: _Entry) -> None:
+        """Forget a kept run that has ended. Its file is closed with its last reader."""
+        if not entry.command.is_source:  # which cannot be read again
+            self._kept.pop(entry.id, None)
 
     def _entries(self) -> list[_Entry]:
         """The kept runs, the oldest first."""
@@ -3311,6 +3352,7 @@ class Options(NamedTuple):
     heartbeat_seconds: float = inf
     offset: int = 0  # in the output, of the first byte that is fed
     title: str = ""
+    head: str = ""  # what a page has beside its title, as HTML
     is_report: bool = False  # whether a page opens at its beginning
     columns: int = 80  # of the terminal that a page stands for
 
@@ -3591,7 +3633,8 @@ class Html(Format):
         self._cells: list[tuple[str, str]] = []  # its characters and their tags, by columns
         self._added: list[tuple[str, str]] = []  # text and its tags, not yet in the cells
         style = _VIEW_STYLE + "main { display: block }" * self.options.is_report
-        page = _make_page(self.options.title, style, _fill(_VIEW, {}, TITLE=self.options.title))
+        view = _fill(_VIEW, {"HEAD": self.options.head}, TITLE=self.options.title)
+        page = _make_page(self.options.title, style, view)
         self.beginning = page.partition("</body>")[0].encode()  # `end` writes the rest
 
     def feed(self, stream: str, data: bytes) -> bytes:
@@ -3606,7 +3649,9 @@ class Html(Format):
     def end(self, outcome: Outcome) -> bytes:
         rest = [self.feed(stream, b"\x18") for stream in ("stdout", "stderr")]  # CAN cancels an unfinished sequence
         note = self._note(outcome.note) if self.options.notes != "never" else self._close_line().encode()
-        return b"".join(rest) + note + b"</div></div></main></body></html>\n"
+        word = {"ok": "succeeded: ", "failed": "failed: "}.get(outcome.kind, "")
+        state = _fill(_STATE, {"KIND": outcome.kind}, NOTE=word + outcome.note.strip("[]")) if outcome.is_final else ""
+        return b"".join(rest) + note + f"</div></div></main>{state}</body></html>\n".encode()
 
     def _note(self, note: str) -> bytes:
         return f'{self._close_line()}<samp class="n">{html.escape(note)}\n</samp>'.encode()
@@ -4252,10 +4297,13 @@ def _make_page(title: str, style: str, body: str) -> str:
     return _fill(_FRAME, {"STYLE": _COLOURS + style, "BODY": body}, TITLE=title)
 
 
-def _page_reply(title: str, body: str, **headers: str) -> Reply:
+def _page_reply(
+    title: str, template: str, markup: _Texts, headers: _Texts = MappingProxyType({}), status: int = 200
+) -> Reply:
     """A page of the server's own."""
-    headers.update({"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _PAGE_POLICY})
-    return _text_reply(_make_page(title, _PAGE_STYLE, body), headers=headers)
+    page = _make_page(title, _PAGE_STYLE, _fill(template, markup, TITLE=title))
+    own = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _PAGE_POLICY}
+    return _text_reply(page, status, {**headers, **own})
 
 
 def _form_fields(command: Command) -> Iterator[str]:
@@ -4274,37 +4322,55 @@ def _form_fields(command: Command) -> Iterator[str]:
             value, title = html.escape(default), html.escape(parameter.find_problem("\0"))
             about = f'name="{name}" title="{title}"{" required" * bool(parameter.find_problem(""))}'
             field = f'<input type="{kind}" value="{value}" {about}>'
-            yield f"<label>{name}{f'<textarea {about}>{value}</textarea>' if parameter.is_list else field}</label>"
+            if parameter.is_list:
+                field = f'<textarea rows="1" {about}>{value}</textarea>'
+            yield f"<label>{name}{field}</label>"
+    if command.stdin:
+        yield '<label>input<textarea name="-" rows="1"></textarea></label>'
 
 
 def _index_page(commands: _Commands, lines: _Texts, keepable: Iterable[str]) -> Reply:
-    """The commands as a page: a form for each and a frame for the output, without a script; `lines` are for curl."""
-    sections = []
+    """The commands as a page: a row for each and a frame for the output, without a script; `lines` are for curl."""
+    rows = []
     for name, command in commands.items():
-        has_get = "GET" in command.methods
-        can_keep = name in keepable and not command.is_source and "async" not in command.parameters
-        form = _FORM.replace("KEEP", _KEEP if can_keep else "")
-        template = _COMMAND.replace("FORM", form if has_get or not command.stdin else "")
-        markup = {"POST": "" if has_get else "<code>POST</code>", "FIELDS": "\n".join(_form_fields(command))}
-        method = "get" if has_get else "post"
-        texts = {"NAME": name, "METHOD": method, "ABOUT": command.about, "LINE": command.line, "CURL": lines[name]}
-        sections.append(_fill(template, markup, **texts))
-    title = f"streamlog on {socket.gethostname()}"
-    markup = {"COMMANDS": "".join(sections) + (_RUNS_FRAME if keepable else "")}
-    return _page_reply(title, _fill(_INDEX, markup, TITLE=title))
+        is_kept = name in keepable and not (command.is_source or command.stdin or "async" in command.parameters)
+        method = "get" if "GET" in command.methods and not command.stdin else "post"
+        markup = {
+            "QUERY": "?-=form" if command.stdin else "",
+            "METHOD": method,
+            "BADGE": "" if method == "get" else "<em>POST</em>",
+            "FIELDS": "\n".join(_form_fields(command)),
+        }
+        about = command.about or command.line
+        template = _COMMAND.replace("KEEP", _KEEP if is_kept else "")
+        rows.append(_fill(template, markup, NAME=name, ABOUT=about, LINE=command.line, CURL=lines[name]))
+    markup = {"COMMANDS": "".join(rows), "RUNS": _RUNS_LINK if keepable else ""}
+    return _page_reply(f"streamlog on {socket.gethostname()}", _INDEX, markup)
+
+
+def _view_head(entry: _Entry, request: Request, is_listed: bool) -> str:
+    """What stands above the output of a run, beside its title: what is special about it, and how it is stopped."""
+    about = _GOES_ON if request.path.startswith("/-/") else _SHARED if entry.command.shared else ""
+    stop = _STOP.replace("ABOUT", about) if is_listed else _LEAVE
+    return _fill(stop, {"ROOT": request.root, "ID": entry.id})
 
 
 def _run_row(entry: _Entry) -> str:
+    template = _RUN.replace("LINK", _RUN_LINK if entry.transcript else "WHAT")
     return _fill(
-        _RUN.replace("STOP", "" if entry.transcript.outcome else _STOP),
-        {"ID": entry.id, "SINCE": _timestamp(entry.started_at)[11:19], "BYTES": str(entry.transcript.end)},
+        template,
+        {"ID": entry.id, "DROP": "?drop=1" if entry.ended else "", "VERB": "Drop" if entry.ended else "Stop"},
         WHAT=str(entry),
-        STATE=entry.note,
+        SINCE=_timestamp(entry.started_at)[:19].replace("T", " "),
+        CLIENT=entry.client,
+        BYTES=f"{entry.size:,}",
+        KIND=entry.outcome.kind if entry.outcome else "running",
+        STATE=entry.note.strip("[]"),
     )
 
 
-# Output may set styles by escape sequences, and nothing else.
-_VIEW_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
+_POLICY = "default-src 'none'; style-src %s; img-src data:; form-action 'self'; frame-src 'self'; base-uri 'none'"
+_VIEW_POLICY = _POLICY % "'unsafe-inline'"  # output may set styles by escape sequences, and nothing else
 # Colours of a terminal, dark enough on light and light enough on dark: the page's own, then sixteen.
 _COLOURS = """:root { color-scheme: light dark;
   --page: light-dark(#fff, #16181c); --text: light-dark(#1a1a1a, #e3e3e3); --soft: light-dark(#666, #9a9a9a);
@@ -4320,11 +4386,18 @@ _COLOURS = """:root { color-scheme: light dark;
 # On the body itself its upper part could not be scrolled to.
 _VIEW_STYLE = """
 body { margin: 0; height: 100vh; height: 100dvh; display: flex; flex-direction: column; background: var(--page);
-  color: var(--text); font: .85rem/1.4 ui-monospace, monospace }
-header { padding: .4rem 1ch; border-bottom: 1px solid var(--line); color: var(--soft) }
-h1 { font-size: 1em; margin: 0; color: var(--text); white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
-header p { margin: 0; font: .8rem system-ui, sans-serif }
-@media (max-height: 30rem) { header p { display: none } }
+  color: var(--text); font: .85rem/1.4 ui-monospace, monospace; position: relative }
+header { display: grid; grid-template-columns: minmax(0, 1fr) auto; column-gap: 2ch; align-content: center;
+  box-sizing: border-box; height: 2.75rem; padding: 0 1rem; border-bottom: 1px solid var(--line) }
+h1, p { grid-column: 1; font-size: 1em; margin: 0; white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
+p { color: var(--soft) } header a { color: var(--accent) } form { grid-area: 1 / 2 / span 2 }
+header iframe, body:has(output) header :is(form, p) { display: none }
+output { position: absolute; top: 0; right: 0; padding: 0 1rem; line-height: 2.7rem; font-weight: bold;
+  background: var(--page) }
+output, button { color: var(--c1) } output.ok { color: var(--c2) }
+button { font: inherit; height: 2.5rem; padding: 0 2ch; border: 1px solid; border-radius: .3rem; background: none }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 1px }
+@media (max-width: 40rem) { samp { white-space: pre; width: max-content; min-width: 100%; box-sizing: border-box } }
 main { flex: 1; min-height: 0; overflow: auto; display: flex; flex-direction: column-reverse }
 main > div { margin-bottom: auto; padding: .3rem 0; counter-reset: line }
 main > div > div:nth-child(n+25) { content-visibility: auto; contain-intrinsic-height: auto 280em }
@@ -4335,75 +4408,99 @@ samp::before { counter-increment: line; content: counter(line); display: inline-
 samp.n::before { counter-increment: none; content: "" } samp.n, time, b { color: var(--soft) }
 samp.e { color: var(--c1) } samp:has(+ i), i { display: none }
 """
-_VIEW = """<header><h1 title="TITLE">TITLE</h1>
-<p>Each line is shown as it comes, standard error in its own colour. The view follows the newest line; scroll up and
-it stays where you are, scroll to the end and it follows again. Leaving this page, or pressing Stop in the browser,
-ends the command.</p></header>
+_VIEW = """<header><h1 title="TITLE">TITLE</h1>HEAD</header>
 <main tabindex="0" aria-label="Output"><div><div>
 """
+# The answer to its form goes into a frame that nobody sees, so that the output goes on to its last line.
+_STOP = """<p>ABOUT</p><form action="ROOT-/runs/ID?quiet=1" method="post" target="quiet"><button>Stop</button></form>
+<iframe name="quiet" title="Answer" tabindex="-1"></iframe>"""
+_LEAVE = '<form action="ROOT-/idle"><button>Stop</button></form>'
+_GOES_ON = 'It goes on without you. <a href="ROOT-/runs" target="_top">Runs</a>'
+_SHARED = "This run is shared: Stop ends it for everyone."
+_STATE = '<output class="KIND">NOTE</output>'
 _PAGE_STYLE = """
 * { box-sizing: border-box }
-body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.45 system-ui, sans-serif }
-body:has(aside) { height: 100vh; height: 100dvh; display: grid;
-  grid: "top" auto "list" 1fr "view" 45% / minmax(0, 1fr) }
-body:not(:has(aside)) { font-size: .85rem; padding: .3rem }
-header { grid-area: top; padding: .6rem 1rem; border-bottom: 1px solid var(--line) }
-main { grid-area: list; overflow: auto; padding: 0 1rem }
+body { margin: 0; background: var(--page); color: var(--text); font: .9rem/1.35 system-ui, sans-serif }
+body:has(aside) { height: 100vh; height: 100dvh; display: grid; transition: grid-template-rows .2s .3s;
+  grid: "top" auto "list" 1fr "view" 12rem / minmax(0, 1fr) }
+body:has(aside:focus-within, .start:focus) { grid-template-rows: auto 1fr 60% }
+body > header { grid-area: top; padding: .1rem 1rem; border-bottom: 1px solid var(--line); display: flex;
+  align-items: baseline; justify-content: space-between } body > header a { display: inline-block; padding: .5rem }
+main { grid-area: list; overflow: auto } main > p { margin: 1rem } h1, h2, p, header p { margin: 0 }
 aside { grid-area: view; border-top: 1px solid var(--line); min-height: 0 }
-iframe { display: block; width: 100%; height: 100%; border: 0 } iframe.runs { height: 12rem }
-h1 { font-size: 1.15rem; margin: 0 } h2 { font-size: 1rem; margin: 0 } p { margin: .15rem 0 } p form { display: inline }
-header p, label, summary, code, span { color: var(--soft); font-size: .8rem }
-section { padding: .7rem 0; border-bottom: 1px solid var(--line) }
-code, input.curl { font-family: ui-monospace, monospace; overflow-wrap: anywhere }
-section form, .row { display: flex; flex-wrap: wrap; gap: .4rem .6rem; align-items: end; margin: .4rem 0 }
-label { display: grid } a { color: var(--accent); overflow-wrap: anywhere }
-input, select, textarea, button { font: inherit; padding: .2rem .5rem; border: 1px solid var(--soft);
-  border-radius: .3rem; background: var(--page); color: var(--text); max-width: 100% }
-input.curl { width: 100% }
-button.start { background: var(--accent); border-color: var(--accent); color: var(--page) }
+iframe { display: block; width: 100%; height: 100%; border: 0 }
+h1 { font-size: 1.05rem } h2 { font-size: .95rem } label { font-size: .7rem } a { color: var(--accent) }
+section p, label, code, td, th { color: var(--soft) } section p, td, th { font-size: .8rem }
+section { border-bottom: 1px solid var(--line); padding: .35rem 1rem; position: relative }
+.row { display: flex; flex-wrap: wrap; gap: .1rem .6rem; align-items: end; padding-right: 2.7rem; min-height: 2.5rem }
+.row > header { flex: 1 1 8rem; min-width: 0 } h2 { flex: none; max-width: 100% }
+.row:has(label ~ label ~ label) > header { flex-basis: 100%; display: flex; gap: .6rem; align-items: baseline }
+em { font: bold .65rem system-ui; color: var(--c3); border: 1px solid; border-radius: .2rem; padding: 0 .3em }
+label { display: grid; line-height: 1 } label :is(input, textarea) { width: 7rem }
+label input[type=number] { width: 4.5rem } textarea { field-sizing: content; max-height: 12rem; vertical-align: top }
+summary { cursor: pointer; display: grid; place-items: center; position: absolute; top: 1.25rem; right: 1rem }
+section:has(details[open]) p { white-space: normal } details > :not(summary) { margin: .4rem 0 }
+code, input.curl { font-family: ui-monospace, monospace; overflow-wrap: anywhere } input.curl { width: 100% }
+input, select, textarea, button, summary { font: inherit; font-size: .85rem; padding: .15rem .5rem; min-height: 1.6rem;
+  border: 1px solid var(--soft); border-radius: .3rem; background: var(--page); color: var(--text); max-width: 100% }
+.start { background: var(--accent); border-color: var(--accent); color: var(--page) }
+.row:has(em) .start { background: var(--page); border-color: var(--c3); color: var(--c3) }
+table { border-collapse: collapse; width: 100% } td a { font-weight: bold } td.ok { color: var(--c2) }
+td, th { text-align: left; padding: .3rem 1rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+td:first-child { color: var(--text); width: 50%; max-width: 0 } td:is(.failed, .stopped) { color: var(--c1) }
+td:first-child, .row :is(h2, p) { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 1px }
-@media (min-width: 60rem) { body:has(aside) { grid: "top top" auto "list view" 1fr / 27rem minmax(0, 1fr) }
-  aside { border-top: 0; border-left: 1px solid var(--line) } }
-@media (max-height: 30rem) { body:has(aside) { display: block; height: auto }
-  aside { height: 60vh } header p { display: none } }
+.skip:not(:focus) { position: absolute; left: -99rem }
+@media (min-width: 60rem), (min-width: 40rem) and (max-height: 30rem) {
+  body:has(aside), body:has(aside:focus-within, .start:focus) {
+  grid: "top top" auto "list view" 1fr / minmax(0, 3fr) minmax(0, 4fr) }
+  aside { border-top: 0; border-left: 1px solid var(--line) }
+  .row:has(label ~ label ~ label) label * { width: 5.5rem } }
+@media (max-width: 40rem) { .row:has(label) > header { flex-basis: 100% }
+  label { flex: 1 0 6rem } label :is(input[type], textarea, select) { width: 100% }
+  tr { display: flex; flex-wrap: wrap; padding: .3rem 1rem; gap: 0 1rem; border-bottom: 1px solid var(--line) }
+  thead { display: none } td { border: 0; padding: 0 } td:first-child { width: 100%; max-width: none }
+  td:last-child { margin-left: auto } }
+@media (max-width: 40rem) and (max-height: 30rem) {
+  body:has(aside) { display: block; height: auto } aside { height: 60vh } }
+@media (pointer: coarse), (max-width: 40rem) { summary { top: .35rem }
+  input, select, textarea, button, summary { min-height: 2.5rem } }
 """
-# The pages have the style that they were sent with, named by its hash, and forms and a frame of this server.
+# The pages have the style that they were sent with, named by its hash.
 _STYLE_HASH = base64.b64encode(hashlib.sha256((_COLOURS + _PAGE_STYLE).encode()).digest()).decode()
-_PAGE_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; form-action 'self'; frame-src 'self'; "
-    "base-uri 'none'"
-)
+_PAGE_POLICY = _POLICY % f"'sha256-{_STYLE_HASH}'"
 _FRAME = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>STYLE</style></head>
 <body>BODY</body></html>
 """
-_IDLE = "<p>Nothing is running here. Start a command to see its output.</p>"
-_INDEX = """<header><h1>TITLE</h1>
-<p>Start shows a command's output in the frame as it comes; Stop, or starting another one there, ends it. A browser
-allows six live connections to a host: with six tabs that show output, a seventh waits.</p></header>
+_IDLE = "<main><p>Start a command to see its output here.</p></main>"
+_INDEX = """<header><h1>TITLE</h1><a class="skip" href="#-view">Output</a>RUNS</header>
 <main aria-label="Commands">
 COMMANDS</main>
-<aside aria-label="Output"><iframe name="view" title="Output" src="-/idle"></iframe></aside>
+<aside id="-view" tabindex="-1" aria-label="Output"><iframe name="view" title="Output" src="-/idle"></iframe></aside>
 """
-_COMMAND = """<section aria-labelledby="NAME"><h2 id="NAME">NAME POST</h2>
-<p>ABOUT</p><p><code>LINE</code></p>
-FORM
-<details><summary>curl</summary><input class="curl" readonly aria-label="curl line for NAME" value="CURL"></details>
-</section>
+_ERROR = """<header><h1>TITLE</h1><a href="ROOT" target="_top">Commands</a></header><main><p>TEXT</p></main>"""
+_RUNS_LINK = '<a href="-/runs" target="runs">Runs</a>'
+_COMMAND = """<section aria-labelledby="NAME"><form action="NAMEQUERY" method="METHOD" target="view"><div class="row">
+<header><h2 id="NAME">NAME BADGE</h2><p title="ABOUT">ABOUT</p></header>
+FIELDS<button class="start" aria-label="Start NAME">Start</button></div>
+<details><summary aria-label="More of NAME">…</summary><p><code>LINE</code></p>
+<p><input class="curl" readonly aria-label="curl line for NAME" value="CURL"></p>
+<button formtarget="_blank" aria-label="Start NAME in its own tab">Own tab</button>KEEP</details></form></section>
 """
-# A form cannot send a body as it is: a command that takes one has the line for curl alone.
-_FORM = """<form action="NAME" method="METHOD" target="view">FIELDS
-<div class="row"><button class="start" aria-label="Start NAME">Start</button>
-<button formaction="-/idle" formmethod="get" formnovalidate aria-label="Stop NAME">Stop</button>
-<button formtarget="_blank" aria-label="Open NAME in its own tab">Own tab</button>KEEP</div></form>"""
 _KEEP = ' <button name="async" value="1" aria-label="Start NAME in the background">Background</button>'
-_RUNS_FRAME = """<section aria-labelledby="-runs"><h2 id="-runs">Runs that are kept</h2>
-<iframe class="runs" title="Runs that are kept" src="-/runs"></iframe></section>
+_RUNS = """<header><h1>TITLE</h1><span>HOW <a href="../">Commands</a></span></header>
+<main><table><thead><tr><th>Command<th>Started<th>By<th>Output<th>State<th></thead><tbody>
+ROWS</tbody></table></main>
 """
-_RUN = '<p><a href="runs/ID?format=html" target="view">WHAT</a> <span>SINCE, STATE, BYTES bytes</span>STOP</p>\n'
-_STOP = ' <form action="runs/ID" method="post"><button aria-label="Stop WHAT">Stop</button></form>'
+_PAUSE, _FOLLOW = '<a href="runs?follow=0">Pause</a>', '<a href="runs">Follow</a>'
+_NO_RUNS = '<tr><td colspan="6">No command is running, and no background run is kept.</tr>'
+_RUN = """<tr><td title="WHAT">LINK<td>SINCE<td>CLIENT<td>BYTES bytes<td class="KIND">STATE
+<td><form action="runs/IDDROP" method="post"><button aria-label="VERB WHAT">VERB</button></form></tr>
+"""
+_RUN_LINK = '<a href="runs/ID?format=html">WHAT</a>'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4735,10 +4832,10 @@ class _Application:
             request.read_body = partial(_read_whole, pieces, request)
             reply = self._site.answer(request)
             if reply.run:
-                answer: Any = self._send(reply, reply.run, pieces)
+                answer: Any = self._send(reply, reply.run, request.input or pieces)
                 next(answer)
         except Error as error:
-            reply = _refusal(error)
+            reply = _error_reply(error, request)
         if not reply.run:
             answer = [] if environ["REQUEST_METHOD"] == "HEAD" else [reply.body]
         try:

@@ -78,6 +78,12 @@ class Browser:
         self._call("POST", f"{self._session}/element/{element}/clear", {})
         self._call("POST", f"{self._session}/element/{element}/value", {"text": text})
 
+    def key(self, name: str) -> None:
+        """Press a key where the focus is: Tab or Enter."""
+        value = {"Tab": "\ue004", "Enter": "\ue007"}[name]
+        keys = [{"type": kind, "value": value} for kind in ("keyDown", "keyUp")]
+        self._call("POST", f"{self._session}/actions", {"actions": [{"type": "key", "id": "keys", "actions": keys}]})
+
     def frame(self, selector: str = "") -> None:
         """Choose a frame, or with none the page itself."""
         target = {_ELEMENT: self.find(selector)} if selector else None

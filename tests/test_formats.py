@@ -262,6 +262,10 @@ class Page(html.parser.HTMLParser):
         "time",
         "i",
         "b",
+        "output",
+        "form",
+        "button",
+        "iframe",
     )
 
     def __init__(self, text: bytes) -> None:
@@ -311,6 +315,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open and self.open.pop() == tag, (tag, self.open)
+        self.in_main = self.in_main and tag != "main"
 
     def handle_data(self, data: str) -> None:
         if "samp" in self.open:

@@ -173,7 +173,8 @@ class FlaskInABrowser(FrameworkCase, BrowserCase):
         self.browser.click("[aria-label='Start build']")
         self.see("/step 2/.test(frames.view.document.body.innerText)", "standard output")
         self.assertEqual(self.browser.run("frames.view.document.querySelector('samp.e').innerText.trim()"), "note 1")
-        self.browser.click("[aria-label='Stop build']")
+        self.browser.run("frames.view.document.querySelector('header button').click()")
+        self.see("/Start a command/.test(frames.view.document.body.innerText)", "the idle page")
         wait_until(lambda: self.ended(port, "client_gone") == 1, "it is stopped", 5)
         self.assertEqual(self.ended(port, "ok"), 0)
 

@@ -95,6 +95,27 @@ class Bodies(InputCase):
                 self.assertEqual(answer.status, status)
                 self.assertIn(told, answer.body)
 
+    def test_a_field_of_a_form_is_the_input(self) -> None:
+        server = self.serve({"x": Command("!tag={tag=none}; echo $tag; cat", stdin=True)})
+        for query, form, output in (
+            ("-=form", b"tag=a&-=one%0D%0Atwo+%26+%C3%A9", b"a\none\ntwo & \xc3\xa9"),
+            ("-=form&tag=b", b"-=", b"b\n"),
+            ("-=form", b"tag=c", b"c\n"),
+            ("-=form&format=text", b"-=" + b"x" * 60_000, b"none\n" + b"x" * 60_000),
+            ("", b"tag=a&-=one", b"none\ntag=a&-=one"),  # as ever: to curl the body is the input
+        ):
+            with self.subTest(query=query, form=form[:40]):
+                answer = self.fetch(server, f"/x?{query}", "POST", [FORM], form)
+                self.assertEqual((answer.status, answer.body), (200, output))
+        for form, headers, status in (
+            (b"other=a&-=one", [FORM], 400),
+            (b"-=" + b"x" * 70_000, [FORM], 413),
+            (b"-=one", ["Content-Type: text/plain"], 415),
+            (b"-=%ff", [FORM], 400),
+        ):
+            with self.subTest(form=form[:40]):
+                self.assertEqual(self.fetch(server, "/x?-=form", "POST", headers, form).status, status)
+
     def test_a_multipart_form_is_refused(self) -> None:
         server = self.serve({"x": taking("wc -c")})
         answer = self.fetch(server, "/x", "POST", ["Content-Type: multipart/form-data; boundary=x"], b"--x")

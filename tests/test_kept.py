@@ -237,24 +237,83 @@ class Kept(KeptCase):
         form = ["Content-Type: application/x-www-form-urlencoded", HTML]
         answer = self.fetch(server, "/x", "POST", form, b"x=a&async=1&format=html")
         self.assertEqual(answer.status, 303)
-        self.assertRegex(answer.headers["location"], r"^/-/runs/[^?]+\?format=html$")
-        self.assertIn(b"<samp>a\n</samp>", self.fetch(server, answer.headers["location"]).body)
+        self.assertRegex(answer.headers["location"], r"^\./-/runs/[^?]+\?format=html$")
+        self.assertIn(b"<samp>a\n</samp>", self.fetch(server, answer.headers["location"][1:]).body)
 
     def test_runs_are_listed_for_each_reader(self) -> None:
         server = self.serve({"x": "echo {x}", "y": "sleep 60"})
         one, two = self.keep(server, "/x?x=b"), self.keep(server, "/y")
         self.ended(server, one)
         text = self.fetch(server, "/-/runs").body.decode().splitlines()
-        self.assertRegex(text[0], rf"^{two[8:]}  20\S+  y  running$")
-        self.assertRegex(text[1], rf"^{one[8:]}  20\S+  x x=b  \[exit 0, 0\.\d s\]$")
+        self.assertRegex(text[0], rf"^{two[8:]}  20\S+  127\.0\.0\.1:\d+  0 bytes  y  running$")
+        self.assertRegex(text[1], rf"^{one[8:]}  20\S+  127\.0\.0\.1:\d+  2 bytes  x x=b  \[exit 0, 0\.\d s\]$")
         listed = json.loads(self.fetch(server, "/-/runs", headers=[JSON]).body)["runs"]
         self.assertEqual(
             [(run["command"], run["values"], run["state"]) for run in listed],
             [("y", {}, "running"), ("x", {"x": "b"}, "ended")],
         )
         page = self.fetch(server, "/-/runs", headers=[HTML]).body.decode()
-        self.assertIn(f'<a href="runs/{one[8:]}?format=html" target="view">x x=b</a>', page)
-        self.assertEqual(page.count(">Stop<"), 1)
+        self.assertIn(f'<a href="runs/{one[8:]}?format=html">x x=b</a>', page)
+        self.assertEqual(re.findall('aria-label="(.*?)"', page), ["Stop y", "Drop x x=b"])
+
+    def test_a_live_run_is_listed_too_and_stopped_by_its_address(self) -> None:
+        note = self.folder / "pid"
+        server = self.serve({"x": f"!echo $$ > {note}; echo {{x}}; exec sleep 60"})
+        for method, headers, status in (("DELETE", [], 202), ("POST", [], 202), ("POST", [HTML], 303)):
+            with self.subTest(method=method, headers=headers), self.connect(server) as client:
+                client.get("/x?x=b")
+                client.read_until(b"b\n")
+                pid = int(note.read_text())
+                (run,) = json.loads(self.fetch(server, "/-/runs", headers=[JSON]).body)["runs"]
+                told = [run[key] for key in ("command", "values", "state", "bytes", "kept", "client")]
+                address = f"127.0.0.1:{client.sock.getsockname()[1]}"
+                self.assertEqual(told, ["x", {"x": "b"}, "running", 2, False, address])
+                path = f"/-/runs/{run['id']}"
+                self.assertEqual(self.state(server, path)["id"], run["id"])
+                answer = self.fetch(server, path)
+                self.assertEqual(answer.headers["content-type"], "application/json", "its output is its client's")
+                self.assertEqual(self.fetch(server, path, method, headers).status, status)
+                self.assertTrue(client.is_closed())
+                self.assertRegex(client.buffer, rb"\[stopped, \d\.\d s\]\n\r\n$")
+                self.assertFalse(is_alive(pid))
+                wait_until(lambda path=path: self.fetch(server, path).status == 410, "it is gone")  # type: ignore[misc]
+        self.assertEqual(self.fetch(server, "/-/runs").body, b"")
+
+    def test_each_run_of_a_crowd_is_listed_until_it_ends(self) -> None:
+        server = self.serve({"x": "sleep 60", "y": Command("cat", stdin=True)}, max_runs=100)
+        clients = []
+        for number in range(20):
+            client = self.connect(server)
+            client.get(f"/x?{'async=1' if number % 4 == 3 else ''}")
+            client.read_head()
+            clients.append(client)
+        runs = json.loads(self.fetch(server, "/-/runs", headers=[JSON]).body)["runs"]
+        self.assertEqual((len(runs), len({run["id"] for run in runs}), sum(run["kept"] for run in runs)), (20, 20, 5))
+        started = [run["started"] for run in runs]
+        self.assertEqual(started, sorted(started))
+        for client in clients:
+            client.sock.close()
+        wait_until(lambda: self.fetch(server, "/-/runs").body.count(b"\n") == 5, "the others go with their clients")
+
+    def test_an_ended_run_is_dropped_by_delete_and_a_running_one_is_not(self) -> None:
+        server = self.serve({"x": "echo x", "y": "sleep 60"})
+        for method, query, headers in (("DELETE", "", []), ("POST", "?drop=1", []), ("POST", "?drop=1", [HTML])):
+            x, y = self.keep(server, "/x"), self.keep(server, "/y")
+            self.ended(server, x)
+            with self.connect(server) as reader:
+                reader.get(f"{x}?format=ndjson")
+                reader.read_until(b'"x')
+                self.assertEqual(self.fetch(server, x + query, method, headers).status, 303 if headers else 202)
+                self.assertEqual(self.fetch(server, x).status, 410)
+            self.assertLess(self.fetch(server, y + query, method, headers).status, 400)
+            self.assertEqual(self.ended(server, y)["reason"], "on request", "it is stopped, and kept")
+            self.fetch(server, y, "DELETE")
+        x = self.keep(server, "/x")
+        self.ended(server, x)
+        self.assertEqual(self.fetch(server, x, "POST").status, 202, "a page that is old has Stop")
+        self.assertEqual(self.fetch(server, x).body, b"x\n")
+        self.assertEqual(self.fetch(server, f"{x}?tail=1", "DELETE").status, 400)
+        self.assertEqual(self.fetch(server, f"{x}?drop=1").status, 400)
 
     def test_a_value_cannot_drive_the_terminal_that_the_list_is_read_on(self) -> None:
         server = self.serve({"x": "echo {x:(?s:.*)}"})
@@ -359,10 +418,9 @@ class Kept(KeptCase):
             state = self.ended(server, path)
             self.assertEqual((state["exit_code"], state["signal"], state["reason"]), (143, 15, "on request"))
             self.assertFalse(is_alive(pid))
-            self.assertEqual(self.fetch(server, path, "DELETE").status, 202, "once more does no harm")
             answer = self.fetch(server, path)
             self.assertEqual(answer.is_whole, False)
-            self.assertIn(b"\n[stopped: on request, ", answer.body)
+            self.assertIn(b"\n[stopped, ", answer.body)
 
     def test_one_that_does_not_heed_sigterm_is_killed_after_the_grace_time(self) -> None:
         server = self.serve({"x": "!trap '' TERM; echo $$; while :; do sleep 0.1; done"}, grace_seconds=0.3)
@@ -767,8 +825,11 @@ class Crowds(KeptCase):
             if number % 3:
                 time.sleep(random.Random(number).random() / 200)
             self.assertEqual(self.fetch(server, path, "DELETE").status, 202)
-            state = self.ended(server, path)
-            self.assertIn((state["exit_code"], state["reason"]), ((0, "exit"), (143, "on request"), (0, "on request")))
+            if self.fetch(server, path, headers=[JSON]).status == 200:  # or else it had ended, and was dropped
+                state = self.ended(server, path)
+                self.assertIn(
+                    (state["exit_code"], state["reason"]), ((0, "exit"), (143, "on request"), (0, "on request"))
+                )
 
     def test_one_run_is_started_watched_resumed_and_stopped_from_many_sides(self) -> None:
         if not shutil.which("curl"):
@@ -899,20 +960,30 @@ class Page(BrowserCase):
         server = self.serve({"x": f"!echo $$ > {note}; echo hello; exec sleep 300"})
         self.browser.open(f"{server.url}/")
         self.see("document.querySelector('[aria-label=\"Start x in the background\"]')", "the page")
+        self.browser.click("[aria-label='More of x']")
         self.browser.click("[aria-label='Start x in the background']")
         self.see("/hello/.test(frames.view.document.body.innerText)", "its output")
+        self.see("/goes on without you/.test(frames.view.document.body.innerText)", "what it is")
         pid = self.pid(note)
-        self.browser.click("[aria-label='Stop x']")
-        self.see("/Nothing is running/.test(frames.view.document.body.innerText)", "the idle page")
+        self.browser.open(f"{server.url}/")
+        self.see("document.querySelector('[href=\"-/runs\"]')", "the page again")
         self.assertTrue(is_alive(pid), "it goes on")
-        self.browser.frame("iframe.runs")
+        (index,) = self.browser.windows()
+        self.browser.click("[href='-/runs']")
+        tab = wait_until(lambda: [each for each in self.browser.windows() if each != index], "a second tab")[0]
+        self.browser.window(tab)
+        self.addCleanup(self.browser.window, index)
+        self.addCleanup(self.browser.close_window)
         self.see("/x\\s.*running/.test(document.body.innerText)", "it is listed")
-        self.browser.click("a")
-        self.browser.frame()
-        self.see("/hello/.test(frames.view.document.body.innerText)", "its output again")
-        self.browser.frame("iframe.runs")
-        self.browser.click("button")
+        self.assertRegex(self.browser.run("document.body.innerText"), r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d")
+        self.browser.click("td a")
+        self.see("/hello/.test(document.body.innerText)", "its output once more")
+        self.browser.click("header button")
         wait_until(lambda: not is_alive(pid), "it is stopped", 5)
-        self.see("/stopped: on request/.test(document.body.innerText)", "and listed so")
-        cut = [error for error in self.browser.errors() if "ERR_INCOMPLETE_CHUNKED_ENCODING" not in error]
-        self.assertEqual(cut, [])
+        self.see("/hello[^]*\\[stopped, /.test(document.querySelector('main').innerText)", "all that it has written")
+        self.assertRegex(self.browser.run("document.querySelector('output').innerText"), r"^stopped, \d")
+        self.browser.open(f"{server.url}/-/runs")
+        self.see("/stopped, /.test(document.body.innerText)", "it is listed so")
+        self.browser.click("[aria-label='Drop x']")
+        self.see("/No command is running/.test(document.body.innerText)", "it is dropped")
+        self.assertEqual(self.browser.errors(), [])

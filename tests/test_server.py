@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import html
 import json
 import os
 import random
@@ -456,6 +457,37 @@ class Index(ServerCase):
         self.assertIn('<select name="file"><option>syslog</option>', page)
         self.assertRegex(page, r'<input type="text" value="" name="unit" title="must be word \(letters, digits')
         self.assertNotIn("<script", page)
+
+    def test_an_error_is_a_page_for_a_browser_and_a_line_for_curl(self) -> None:
+        for path, method, status, header in (
+            ("/none<b>", "GET", 404, ""),
+            ("/logs?file=a<b>", "GET", 400, ""),
+            ("/go?unit=<b>", "GET", 405, "allow"),
+            ("/logs?file=syslog", "DELETE", 405, "allow"),
+            ("/-/runs/x/y/z", "GET", 404, ""),
+        ):
+            with self.subTest(path=path):
+                text = self.fetch(self.server, path, method)
+                page = self.fetch(self.server, path, method, headers=[BROWSER])
+                self.assertEqual((text.status, page.status), (status, status))
+                self.assertEqual(text.headers["content-type"], "text/plain; charset=utf-8")
+                self.assertEqual(text.body.count(b"\n"), 1)
+                self.assertEqual(page.headers["content-type"], "text/html; charset=utf-8")
+                self.assertIn("form-action 'self'", page.headers["content-security-policy"])
+                self.assertIn(html.escape(text.body.decode().rstrip()).encode(), page.body)
+                back = "../" * (path.count("/") - 1) or "./"
+                self.assertIn(f'<a href="{back}" target="_top">'.encode(), page.body)
+                self.assertNotIn(b"<b>", page.body)
+                self.assertEqual(page.headers.get(header), text.headers.get(header))
+
+    def test_a_get_of_what_takes_post_is_told_the_line_that_works(self) -> None:
+        for path, line in (
+            ("/go", "curl -N -d 'unit=UNIT&note=a+b' http://localhost/go"),
+            ("/stop", "curl -N -X POST http://localhost/stop"),
+        ):
+            answer = self.fetch(self.server, path)
+            self.assertEqual((answer.status, answer.headers["allow"]), (405, "OPTIONS, POST"))
+            self.assertEqual(answer.body.decode(), f"{path} takes OPTIONS, POST, not GET; try: {line}\n")
 
     def test_the_lines_that_are_printed_can_be_run(self) -> None:
         if not shutil.which("curl"):
