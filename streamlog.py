@@ -838,8 +838,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         outcome = self._send_run(request, reply, reply.run) if reply.run else self._send_whole(request, reply)
         _log.info(
             'client=%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
-            *(self.client_address, line, self.status, outcome.exit_code if outcome.is_final else "-"),
-            *(self.wfile.body_bytes, monotonic() - started, outcome.reason or "exit"),
+            self.client_address,
+            line,
+            self.status,
+            outcome.exit_code if outcome.is_final else "-",
+            self.wfile.body_bytes,
+            monotonic() - started,
+            outcome.reason or "exit",
         )
 
     def _read_form(self, request: Request) -> bytes:
@@ -950,11 +955,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         status = 500 if outcome.exit_code or outcome.reason else 200
         self._send_head(request, reply._replace(status=status, headers={**reply.headers, **end}, length=spool.end))
-        at = 0
-        while at < spool.end:
-            data = spool.read(at, _BLOCK_MAX_BYTES)[2]
-            self.wfile.write(data)
-            at += len(data)
+        spool.file.seek(0)
+        shutil.copyfileobj(spool.file, self.wfile, _BLOCK_MAX_BYTES)
 
     def _send_whole(self, request: Request, reply: Reply) -> Outcome:
         """Send an answer without a run."""
@@ -1038,7 +1040,7 @@ _HEADER_LINE = re.compile(rf"({_TOKEN}):([\t -~\x80-\xff]*)")
 _CHUNK_VALUE = rf'{_TOKEN}|"(?:[^"\\\x00-\x1f\x7f]|\\[\t -~])*"'
 _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_CHUNK_VALUE}))?)*")
 _AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?"
-_TARGET = re.compile(rf"(?:(?i:https?)://({_AUTHORITY}))?(/[^?#]*|\Z)(?:\?([^#]*))?")
+_TARGET = re.compile(rf"(?:(?i:https?)://({_AUTHORITY}))?(/[^?#]*|\Z|\A\*\Z)(?:\?([^#]*))?")
 _SINGLE_HEADER = re.compile("host|content-length|content-type|origin|authorization|expect")
 # A media type or a range and its weight, which is not 0, between other parameters; blanks are gone.
 _ACCEPTED = re.compile(r"([^;]+)(?:;(?!q=)[^;]*)*(?:;q=(?!0?(?:\.0*)?(?:;|$))([01]?(?:\.[0-9]*)?)(?:;.*)?)?")
@@ -1119,9 +1121,9 @@ def _parse_head(head: Sequence[str]) -> Request:
         raise Error(f"this server has no method {method[:200]}", 501)
     headers = _parse_headers(head[1:])
     match = _TARGET.fullmatch(target)
-    if not match and (method, target) != ("OPTIONS", "*"):
+    if not match or (target == "*" and method != "OPTIONS"):
         raise Error("the URL must be a path that begins with '/', behind http://HOST at most")
-    authority, path, query = match.groups("") if match else ("", target, "")
+    authority, path, query = match.groups("")
     path = _unquote(path or "/")
     if re.search(r"[\0-\x1f\x7f]", path):
         raise Error("the URL's path holds a control character")
@@ -2525,8 +2527,8 @@ class _Runs:
             _log.exception("a bug: kept run of %s", entry.name)
         outcome = run.outcome
         entry.ended = monotonic()
-        transcript.finish(outcome)
-        entry.outcome = outcome
+        transcript.outcome = entry.outcome = outcome
+        transcript.wake()
         self._drop_ended()
         self.count_end(entry.name, outcome, transcript.end)
         _log.info(
@@ -2563,9 +2565,10 @@ class _Runs:
     def listed(self) -> list[_Entry]:
         """The runs that go on, the oldest first, and the kept ones that have ended, the newest first."""
         self._drop_ended()
-        going = {entry.id: entry for entry in list(self.active) if hasattr(entry, "run")}
-        listed = {**self._kept, **going}.values()
-        return sorted(listed, key=lambda one: (-one.started_at, 0) if one.ended else (-inf, one.started_at))
+        going = (entry for entry in list(self.active) if hasattr(entry, "run"))
+        return sorted(
+            {*self._entries(), *going}, key=lambda one: (-one.started_at, 0) if one.ended else (-inf, one.started_at)
+        )
 
     def drop(self, entry: _Entry) -> None:
         """Forget a kept run that has ended. Its file is closed with its last reader."""
@@ -2621,10 +2624,9 @@ class _Runs:
 
     def join(self, deadline: float) -> bool:
         """Wait for the kept runs to end; False if some have not by the deadline."""
-        threads = [entry.thread for entry in self._entries()]
-        for thread in threads:
-            thread.join(max(0.0, deadline - monotonic()))
-        return not any(thread.is_alive() for thread in threads)
+        for entry in self._entries():
+            entry.thread.join(max(0.0, deadline - monotonic()))
+        return all(entry.ended for entry in self._entries())
 
     def count_end(self, name: str, outcome: Outcome, sent_bytes: int) -> None:
         """Count a run that has ended."""
@@ -2715,13 +2717,10 @@ class Run:
         Returns the descriptors that are ready. A paused run is not watched for output: its pipe fills up, and then the
         command waits.
         """
-        before = self.is_over, self.is_gone
-        self._look_after()
-        if before != (self.is_over, self.is_gone):  # nothing more may come to wake us
-            return {}
-        watched, due = self.watched(is_paused)
-        ready = _poll({**others, **watched}, min(deadline, due))
-        own = {self.bell.descriptor, self._exit} - self.outputs.keys()  # a replay's output is its bell
+        watched, due = self.watched()
+        own = watched - self.outputs.keys()  # a replay's output is its bell
+        polled = dict.fromkeys(own if is_paused else watched, POLLIN)
+        ready = _poll({**others, **polled}, min(deadline, due))
         if own & ready.keys():
             self.bell.silence()
             self._look_for_exit()
@@ -2730,12 +2729,9 @@ class Run:
             del ready[descriptor]
         return ready
 
-    def watched(self, is_paused: bool = False) -> tuple[_Events, float]:
-        """What to poll for this run, and until when (monotonic())."""
-        outputs = () if is_paused else self.outputs
-        return dict.fromkeys([self.bell.descriptor, self._exit, *outputs], POLLIN), min(
-            self._agenda.values(), default=inf
-        )
+    def watched(self) -> tuple[set[int], float]:
+        """The descriptors to read from for this run, and until when to wait for them (monotonic())."""
+        return {self.bell.descriptor, self._exit, *self.outputs}, min(self._agenda.values(), default=inf)
 
     def later(self, seconds: float, action: _Action) -> None:
         """Have the thread that owns the run do something, unless all of the run is gone by then."""
@@ -2927,14 +2923,11 @@ class Process(Run):
     def __init__(self, launch: Launch, settings: Settings, timeout: float | None, release: _Action) -> None:
         super().__init__(launch, settings, timeout)
         try:
-            self._process, terminal = _spawn(launch, settings)
+            process = self._process = _spawn(launch, settings)
         except BaseException:
             self.bell.close()
             raise
         self._held.callback(release)
-        process = self._process
-        if terminal:
-            process.stdout, process.stdin = terminal
         self.pid = process.pid  # of the leader, and of its group
         self._groups = {self.pid}
         self.takes_input = launch.stdin == "pipe"
@@ -2945,10 +2938,10 @@ class Process(Run):
                 _files.add(file)
                 os.set_blocking(file.fileno(), False)
                 if stream == "stdin":  # on a terminal its last copy: to close that earlier would hang up on a program
-                    self._held.callback(file.close)  # that has closed its files and is about to exit
+                    self._held.push(file)  # that has closed its files and is about to exit
                 else:
                     self.outputs[file.fileno()] = stream, file
-        self._terminal = next(iter(self.outputs)) if terminal else None
+        self._terminal = next(iter(self.outputs)) if launch.pty else None
         if settings.child_nofile:
             with suppress(AttributeError, OSError, ValueError):  # it needs Linux; the process may have ended already
                 resource.prlimit(self.pid, resource.RLIMIT_NOFILE, settings.child_nofile)
@@ -3036,8 +3029,9 @@ class Process(Run):
         if code is None and self._exit == self.bell.descriptor:
             self.later(_LOOK_SECONDS, self._look_for_exit)
         elif code is not None and self.exit_code is None:
-            self.signal = -code if code < 0 else None
-            self._note_exit(128 - code if code < 0 else code)
+            if code < 0:
+                self.signal, code = -code, 128 - code
+            self._note_exit(code)
 
     def _end_drain(self) -> None:
         self._signal(0)  # may what still holds the pipes be signalled?
@@ -3083,9 +3077,9 @@ _STDERR = {"merge": subprocess.STDOUT, "separate": subprocess.PIPE, "discard": s
 _ON_TERMINAL = ("/bin/sh", "-c", ': <>"$0" && exec "$@"')
 
 
-def _spawn(launch: Launch, settings: Settings) -> tuple[subprocess.Popen[bytes], list[io.FileIO]]:
-    """Start a process in a session of its own, with pipes or on a terminal (pty(7)). Returns it, and our end of the
-    terminal, to read and to write. Raises Error, 500 or 503."""
+def _spawn(launch: Launch, settings: Settings) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, with pipes or on a terminal (pty(7)), of which it has our end in their
+    place. Raises Error, 500 or 503."""
     argv, env, theirs = launch.argv, launch.env, subprocess.PIPE
     terminal = []
     try:
@@ -3127,7 +3121,9 @@ def _spawn(launch: Launch, settings: Settings) -> tuple[subprocess.Popen[bytes],
     finally:
         if theirs != subprocess.PIPE:
             os.close(theirs)
-    return process, terminal
+    if terminal:
+        process.stdout, process.stdin = terminal
+    return process
 
 
 # One look at /proc (proc_pid_stat(5)) serves all the runs that are ending. An orphan's zombie stays in its group until
@@ -3386,8 +3382,7 @@ class Format:
         heartbeat = self.options.heartbeat_seconds
         self._quiet_seconds = heartbeat if heartbeat < inf else self.comment_seconds
         self._note_output()
-        self._has_prefix = self.options.timestamps or self.options.hostname
-        if self._has_prefix:
+        if self.options.timestamps or self.options.hostname:
             self.block_bytes = _BLOCK_MIN_BYTES
 
     def _note_output(self) -> None:
@@ -3409,10 +3404,10 @@ class Format:
         """Output of the run, as the client gets it."""
         self._note_output()
         starts_line, self._at_line_start = self._at_line_start, data[-1:] == b"\n"
-        if not self._has_prefix:
-            return data
         words = (self.options.timestamps and _timestamp(self.clock()), self.options.hostname)
         prefix = "".join(f"{word} " for word in words if word).encode()
+        if not prefix:
+            return data
         starts_line |= self._is_returned and data[:1] != b"\n"
         self._is_returned = data[-1:] == b"\r"  # if it is not the first half of CRLF, the line is written anew
         return prefix * starts_line + re.sub(rb"\n(?!\Z)|\r(?!\n|\Z)", rb"\g<0>" + prefix, data)
@@ -3448,10 +3443,10 @@ class Ndjson(Format):
 
     block_bytes = _BLOCK_MIN_BYTES
     can_skip = True
+    _record_time = ""  # of the last record of the program's log
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._record_time = ""  # of the last record of the program's log
         self._held: dict[str, tuple[bytes, float]] = {}  # by stream, a part of a line, and the moment it goes out
         self._offset = self.options.offset
         self._quiet_due = self.due
@@ -3562,12 +3557,11 @@ class Sse(Ndjson):
     def _write_lines(self, stream: str, lines: bytes, is_partial: bool) -> str:
         event = "event: stderr\n" * (stream == "stderr") + "partial: true\n" * is_partial
         texts = self._decoders[stream == "stderr"].decode(lines, not is_partial).split("\n")
-        if b"\r" in lines:  # it would end the field
-            texts = [text.strip("\r").replace("\r", "\ndata: ") for text in texts]
         events = []
         for line, text in zip(lines.split(b"\n"), texts):
             self._offset += len(line) + (not is_partial)
-            events.append(f"{event}id: {self._offset}\ndata: {text}\n\n")
+            data = text.strip("\r").replace("\r", "\ndata: ")  # a carriage return would end the field
+            events.append(f"{event}id: {self._offset}\ndata: {data}\n\n")
         return "".join(events)
 
     def _write_end(self, outcome: Outcome) -> str:
@@ -3663,17 +3657,16 @@ class Html(Format):
             kind = token.lastgroup
             if kind == "unfinished":
                 lane.held = token[0]
-            elif kind in ("style", "link"):
-                if kind == "style":
-                    _set_style(lane.style, token[kind])
-                else:  # OSC 8, of terminals
-                    lane.link = token[kind] if re.fullmatch("(?i)https?://[!-~]+", token[kind]) else ""
-                lane.span = _span(lane.style, lane.link)
+            elif kind == "style":
+                _set_style(lane.style, token[kind])
+            elif kind == "link":  # OSC 8, of terminals
+                lane.link = token[kind] if re.fullmatch("(?i)https?://[!-~]+", token[kind]) else ""
             elif kind:
                 if lane is not self._lane:
                     yield self._close_line()
                     self._lane = lane
                 if kind == "text":
+                    lane.span = _span(lane.style, lane.link)
                     yield from self._add(token[0])
                 else:
                     final = token["move"] or {"\b": "D", "\r": "G"}.get(token[0], "A")
@@ -3715,14 +3708,15 @@ class Html(Format):
         cells, at = self._cells, self._column
         for text, span in self._added:
             for one in text if self._is_edited else text[:_CELLS_MAX]:
-                kind = "" if one.isascii() else unicodedata.category(one)
                 if one == "\t":
                     at += 8 - at % 8
-                elif kind in ("Mn", "Me", "Cf") and 0 < at <= len(cells):  # it joins the character before it
+                elif unicodedata.category(one) in ("Mn", "Me", "Cf") and 0 < at <= len(
+                    cells
+                ):  # it joins the character before it
                     cells[at - 1] = cells[at - 1][0] + one, span
                 else:
                     cells.extend([_BLANK] * (at - len(cells)))
-                    parts = [one, ""][: 1 + (kind != "" and unicodedata.east_asian_width(one) in "FW")]
+                    parts = [one, ""][: 1 + (unicodedata.east_asian_width(one) in "FW")]
                     cells[at : at + len(parts)] = [(part, span) for part in parts]
                     at += len(parts)
         if self._added and not self._is_edited:
@@ -3924,14 +3918,14 @@ class Transcript:
 
     def __init__(self, size: int, file: IO[bytes] | None = None) -> None:
         self.size = size
-        self._file = file or io.BytesIO()
+        self.file = file or io.BytesIO()
         self._lock = Lock()  # guards what follows, and the place in the file
         self._changes = [(0, "stdout", 0.0)]  # offsets at which the stream or the time changes, and to which
         self.drop_another: Callable[[], bool] = lambda: False  # to make room on a full disk; False if there is none
         self.waiting: WeakSet[_Bell] = WeakSet()  # of readers that have read all there is
 
     def __del__(self) -> None:
-        self._file.close()
+        self.file.close()
 
     @property
     def room(self) -> int:
@@ -3955,8 +3949,8 @@ class Transcript:
             while view:
                 at = (end - len(view)) % self.size
                 try:
-                    self._file.seek(at)
-                    view = view[self._file.write(view[: self.size - at]) :]
+                    self.file.seek(at)
+                    view = view[self.file.write(view[: self.size - at]) :]
                 except OSError as error:
                     if error.errno in (errno.ENOSPC, errno.EDQUOT) and self.drop_another():
                         continue
@@ -3977,11 +3971,6 @@ class Transcript:
             waiting, self.waiting = self.waiting, WeakSet()
         for bell in waiting:
             bell.ring()
-
-    def finish(self, outcome: Outcome) -> None:
-        """Say how the run has ended: nothing more will come."""
-        self.outcome = outcome
-        self.wake()
 
     def read(self, offset: int, limit: int, stop: float = inf, bell: _Bell | None = None) -> tuple[int, str, bytes]:
         """Output of one stream from an offset on, before `stop`: the offset of its first byte, which is later if that
@@ -4004,11 +3993,11 @@ class Transcript:
             return self._changes[bisect_right(self._changes, (offset, "~")) - 1][2]
 
     def _get(self, offset: int, count: int) -> bytes:
-        self._file.seek(offset % self.size)
-        data = self._file.read(count)  # which ends where the ring does
+        self.file.seek(offset % self.size)
+        data = self.file.read(count)  # which ends where the ring does
         if len(data) < count:
-            self._file.seek(0)
-            data += self._file.read(count - len(data))
+            self.file.seek(0)
+            data += self.file.read(count - len(data))
         return data
 
     def find_tail(self, lines: int) -> int:
@@ -4764,7 +4753,7 @@ class Stream(Iterator[bytes], AsyncIterator[bytes]):
     __del__ = _leave
 
 
-async def _wait_in_loop(watched: _Events, due: float) -> None:
+async def _wait_in_loop(watched: Iterable[int], due: float) -> None:
     """Wait in a coroutine, as `_poll` does in a thread; for a second at most."""
     import asyncio
 

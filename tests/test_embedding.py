@@ -812,10 +812,10 @@ class SlowFile(io.FileIO):
 class Streams(EmbeddingCase):
     def test_input_never_reaches_what_was_opened_meanwhile(self) -> None:
         def spawn(*arguments: Any, real: Any = streamlog._spawn) -> Any:
-            process, terminal = real(*arguments)
+            process = real(*arguments)
             with process.stdin as stdin:
                 process.stdin = SlowFile(os.dup(stdin.fileno()), "wb")
-            return process, terminal
+            return process
 
         for end in (streamlog.Stream.close, streamlog.Stream.close_stdin):
             with self.subTest(end.__name__), mock.patch("streamlog._spawn", spawn), streamlog.stream("sleep 9") as run:
