@@ -24,6 +24,8 @@ options:
 OPTIONS
   -h, --help           print this text and exit
       --version        print the version and exit
+  Each option can also be set by the environment, --max-runs by STREAMLOG_MAX_RUNS (several
+  values with spaces between). Options win.
 
 commands:
   A command line is split as a shell would split it and run without one; a leading ! asks for
@@ -40,9 +42,12 @@ commands file:
   time), stderr (merge, separate or discard), stdin (yes: the body of a POST or PUT is its
   input), pty (yes: it runs on a terminal; echo: on one that echoes its input), terminal (its
   size, as in 132x40), shared (yes: a client joins the run that goes on with the same values),
-  cwd (directory), env (NAME=value, one a line) and type (Content-Type of output that is not
-  plain text). [DEFAULT] holds options for all. SIGHUP reads it again, and the certificate; at a
-  terminal it ends the server, as TERM does.
+  stop (the signal that asks it to end, TERM or such as INT), headers (request headers that it
+  gets as variables: User-Agent as HTTP_USER_AGENT), cwd (directory), env (NAME=value, one a
+  line) and type (Content-Type of output that is not plain text). [DEFAULT] holds options for
+  all. Lines that begin with # or ; are comments. SIGHUP reads the file again, and the
+  certificate; at a terminal it ends the server, as TERM does. The variables REMOTE_ADDR and
+  REMOTE_USER (token or read-token) tell a command whose request it serves.
 
 what a client sees:
   The output is the body, byte for byte, as it comes. A client that sends "TE: trailers" gets
@@ -104,6 +109,7 @@ import datetime
 import enum
 import errno
 import fcntl
+import gc
 import glob
 import hashlib
 import hmac
@@ -251,6 +257,7 @@ _TERMINAL = _Rule(
 )
 _HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)"
 _HOST = _Rule(str, re.compile(_HOST_PATTERN).fullmatch, "a host name, without a port")
+_URL = _Rule(str, re.compile(r"(?i:https?)://[!$-~]+").fullmatch, "a URL, as in https://example.com/ops")
 _ORIGIN = _Rule(
     str,
     re.compile(f"(?i:https?)://{_HOST_PATTERN}(:[0-9]{{1,5}})?").fullmatch,
@@ -271,14 +278,16 @@ class Settings:
     port: int = _setting(8000, "-p, --port PORT | listen on this port ({}); 0 picks a free one", _PORT)
     bind: str = _setting("127.0.0.1", "-b, --bind ADDRESS | listen on this address ({}), or on unix:PATH")
     timeout_seconds: Optional[float] = _setting(None, "--timeout SEC | stop a run after so long (0: never)", _SECONDS)
-    grace_seconds: float = _setting(5.0, "--grace SEC | seconds from SIGTERM to SIGKILL ({:g})", _SECONDS)
+    grace_seconds: float = _setting(5.0, "--grace SEC | seconds that a run has to end before SIGKILL ({:g})", _SECONDS)
     drain_seconds: float = _setting(2.0, " | seconds to read what others hold open after the exit ({:g})", _SECONDS)
     stall_seconds: float = _setting(0.0, "--stall SEC | stop a run whose client takes nothing for so long", _SECONDS)
     max_output_bytes: int = _setting(0, "--max-output N | stop a run after N bytes, or 10K, 10M, 10G (0: never)", _SIZE)
     max_runs: int = _setting(64, "--max-runs N | runs at a time; one more gets a 503 ({})", _COUNT_1)
     token: str = _setting("", " | what each request must carry, as a bearer or a password", _TEXT, False)
+    read_token: str = _setting("", " | another that may only look: no POST, PUT or DELETE, no ?async", _TEXT, False)
     tls_cert: str = _setting("", "--tls-cert FILE | speak TLS, with the certificate in this PEM file", _FILE)
     tls_key: str = _setting("", "--tls-key FILE | its key, if that is in a file of its own", _FILE)
+    url: str = _setting("", "--url URL | what printed addresses begin with, behind a proxy", _URL)
     no_auth: bool = _setting(
         False, "--no-auth | allow an address that other machines reach, without a token", _SWITCH_RULE
     )
@@ -303,6 +312,7 @@ class Settings:
     )
     transcript_bytes: int = _setting(16 << 20, "--transcript-size N | bytes kept of a run, the newest (16M)", _SIZE)
     transcripts_bytes: int = _setting(256 << 20, "--transcripts-size N | bytes kept of all runs (256M)", _SIZE)
+    input_bytes: int = _setting(1 << 20, "--max-input N | bytes of input that ?async takes (1M)", _SIZE)
     kept_runs: int = _setting(100, "--keep-runs N | ended runs that are kept ({})", _COUNT)
     kept_seconds: float = _setting(3600.0, "--keep SEC | seconds that an ended run is kept for ({:g})", _SECONDS)
     linger_seconds: float = _setting(5.0, "--linger SEC | seconds a shared run outlives its viewers ({:g})", _SECONDS)
@@ -318,6 +328,8 @@ class Settings:
                     raise ConfigError(f"{field.name} must be a list; each item must be {rule.demand}: {value!r}")
                 for one in values:
                     rule.check(field.name, one)
+        if self.read_token and self.token in ("", self.read_token):
+            raise ConfigError("a token that may only look needs another beside it, which may do all")
         if self.tls_key and not self.tls_cert:
             raise ConfigError(f"a TLS key needs its certificate: set {self._name('tls_cert')}")
 
@@ -831,14 +843,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             started, line = monotonic(), _printable(lines[0])
             request = _parse_head(lines)
             self.close_connection = request.is_last
-            request.read_body, request.client = partial(self._read_form, request), str(self.client_address)
+            request.read_body, request.client = partial(self._read_whole_body, request), str(self.client_address)
             reply = self.server._site.answer(request)
         except Error as error:
             reply = _error_reply(error, request)
+        chain = request.headers.get("x-forwarded-for")
+        forwarded = f' forwarded="{_printable(chain)}"' if chain else ""
         outcome = self._send_run(request, reply, reply.run) if reply.run else self._send_whole(request, reply)
         _log.info(
-            'client=%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
+            'client=%s%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
             self.client_address,
+            forwarded,
             line,
             self.status,
             outcome.exit_code if outcome.is_final else "-",
@@ -847,12 +862,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             outcome.reason or "exit",
         )
 
-    def _read_form(self, request: Request) -> bytes:
-        """The whole body of a request."""
-        if request.body_bytes <= _FORM_BYTES:
+    def _read_whole_body(self, request: Request, most: int) -> bytes:
+        if request.body_bytes <= most:
             self._ask_for_body(request)
         with self._within(_BODY_SECONDS, "body"):
-            return _read_whole(_read_body(self.rfile, request), request)
+            return _read_whole(_read_body(self.rfile, request), request, most)
 
     @contextmanager
     def _within(self, seconds: float, part: str = "") -> Iterator[None]:
@@ -1070,7 +1084,7 @@ class Request:
         self.wants_trailers = "trailers" in _split_list(get("te", ""))
         self.fields = _parse_query(self.query)
         self.root = "../" * (self.path.count("/") - 1) or "./"  # the site, as a relative URL
-        self.client = ""  # its address
+        self.client = self.user = ""  # its address, and the token that it has
         self.input: list[bytes] = []  # of the command, if it is a field of a form
         self.options: _Texts = {}  # the server's own among the fields, once the site has told them apart
         # Our answers have no validator, so no If-Range is met (RFC 9110 section 13.1.5).
@@ -1078,7 +1092,7 @@ class Request:
         # media types and ranges, with their weights (RFC 9110 section 12.5.1)
         accepted = map(_ACCEPTED.fullmatch, _split_list(re.sub("[ \t]", "", get("accept", ""))))
         self.accepted = {match[1]: float(match[2] or 1) for match in accepted if match}
-        self.read_body: Callable[[], bytes] = lambda: b""  # the whole body; the server replaces it
+        self.read_body: Callable[[int], bytes] = lambda most: b""  # of so many bytes; the server replaces it
 
 
 def _read_head(file: io.BufferedIOBase) -> list[str]:
@@ -1213,12 +1227,14 @@ def _read_chunk_size(file: io.BufferedIOBase) -> int:
     return int(match[1], 16)
 
 
-def _read_whole(pieces: Iterable[bytes], request: Request) -> bytes:
-    """A body in full. Raises Error if it is too long for a form."""
-    for body in itertools.accumulate(pieces, initial=b""):
-        if max(len(body), request.body_bytes) > _FORM_BYTES:
-            raise Error(f"the body may have {_FORM_BYTES} bytes at most", 413)
-    return body
+def _read_whole(pieces: Iterable[bytes], request: Request, most: int) -> bytes:
+    """A body in full. Raises Error if it is too long."""
+    body = bytearray()
+    for piece in itertools.chain([b""], pieces):
+        body += piece
+        if max(len(body), request.body_bytes) > most:
+            raise Error(f"the body may have {most} bytes at most", 413)
+    return bytes(body)
 
 
 _UNREAD = Request("", "", "", "", {})
@@ -1242,11 +1258,17 @@ _CORS_HEADERS = {
 }
 
 
+def _may_only_look() -> Error:
+    return Error("the read token may only look: this needs the other token", 403)
+
+
 class Access:
     """The rules for Host, Origin and token."""
 
     def __init__(self, settings: Settings, reach: Reach) -> None:
-        self._token, self._name = settings.token.encode(), settings._name
+        tokens = {"token": settings.token, "read-token": settings.read_token}
+        self._tokens = {name: token.encode() for name, token in tokens.items() if token}
+        self._name = settings._name
         self._scheme = settings.scheme
         self._origins = {origin.lower() for origin in settings.allow_origins}
         self._headers = {
@@ -1265,7 +1287,7 @@ class Access:
         if self._is_on_network:
             self._hosts.add(socket.gethostname().lower())
         # DNS cannot point at a unix socket, and an attacker's page has no token: unless names are listed, any will do.
-        is_exposed = reach is Reach.LOOPBACK or (self._is_on_network and not self._token)
+        is_exposed = reach is Reach.LOOPBACK or (self._is_on_network and not self._tokens)
         self._checks_host = is_exposed or bool(settings.allow_hosts)
 
     def check(self, request: Request) -> None:
@@ -1273,8 +1295,10 @@ class Access:
         if self._checks_host and request.authority:
             self._check_host(request.host)
         self._check_site(request)
-        if self._token and not self.is_preflight(request) and request.path != "/-/healthy":
-            self._check_token(request.headers.get("authorization", ""))
+        if self._tokens and not self.is_preflight(request) and request.path != "/-/healthy":
+            request.user = self._find_token(request.headers.get("authorization", ""))
+            if request.user == "read-token" and request.method not in ("GET", "HEAD", "OPTIONS"):
+                raise _may_only_look()
 
     def _check_host(self, host: str) -> None:
         """Refuse a name that is not this server's: an attacker could point a name of theirs here (DNS rebinding)."""
@@ -1310,16 +1334,18 @@ class Access:
         asks = request.method == "OPTIONS" and "access-control-request-method" in request.headers
         return asks and self._is_allowed_origin(request)
 
-    def _check_token(self, authorization: str) -> None:
-        """Refuse a request without the token, as Bearer or as the password of Basic (RFC 6750, RFC 7617)."""
+    def _find_token(self, authorization: str) -> str:
+        """Which token a request has, as Bearer or as the password of Basic (RFC 6750, RFC 7617). Raises Error."""
         scheme, _, given = authorization.partition(" ")
         offered = given.strip(" \t").encode("latin-1") if scheme.lower() == "bearer" else b""
         with suppress(ValueError):
             if scheme.lower() == "basic":
                 offered = base64.b64decode(given.strip(" \t"), validate=True).partition(b":")[2]
-        if not hmac.compare_digest(offered, self._token):
-            challenge = {"WWW-Authenticate": 'Basic realm="streamlog", charset="UTF-8", Bearer realm="streamlog"'}
-            raise Error("the token is missing or wrong: give it as curl -u :TOKEN does", 401, challenge)
+        for name, token in self._tokens.items():
+            if hmac.compare_digest(offered, token):
+                return name
+        challenge = {"WWW-Authenticate": 'Basic realm="streamlog", charset="UTF-8", Bearer realm="streamlog"'}
+        raise Error("the token is missing or wrong: give it as curl -u :TOKEN does", 401, challenge)
 
     def headers(self, request: Request) -> dict[str, str]:
         """The headers of every answer; some say which pages may read and frame it."""
@@ -1487,7 +1513,7 @@ class Site:
             raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
         spool = self._open_spool(request)
         stderr = "merge" if options.format == "text" and not keeping else "separate"
-        launch = command.bind(name, values, stderr, "pipe" if takes_input else "none")
+        launch = command.bind(name, values, stderr, "pipe" if takes_input else "none", _variables(command, request))
         is_own = name not in self.commands
         is_reconnect = options.format == "sse" and "last-event-id" in request.headers
         if is_reconnect and not (is_own or self.runs.find_shared(entry)):
@@ -1501,6 +1527,9 @@ class Site:
                 return _text_reply(result)
             entry.make = result
         if keeping:
+            if takes_input and not request.input:
+                self.runs.check_slot(name, command)
+                request.input = [request.read_body(self._settings.input_bytes)]
             return self._keep(keeping, entry, request)
         run = self.runs.start(entry)
         return Reply(200, headers, run=run, format=_FORMATS[options.format][0](options), name=name, spool=spool)
@@ -1511,11 +1540,17 @@ class Site:
 
     def _find_keeping(self, entry: _Entry, request: Request, takes_input: bool) -> str:
         """How the run is kept: "async", "shared", or not at all. Raises Error if it cannot be kept as asked."""
-        can_keep = self._can_keep and entry.name in self.commands and not takes_input
-        prefers_async = can_keep and "respond-async" in _split_list(request.headers.get("prefer", ""))
+        can_keep = self._can_keep and entry.name in self.commands and not entry.command.is_source
+        prefers_async = (
+            can_keep and not takes_input and "respond-async" in _split_list(request.headers.get("prefer", ""))
+        )
         is_async, waits = _is_on(request, "async", "1" if prefers_async else "0"), _is_on(request, "wait")
         if (is_async or waits) and not can_keep:
-            raise Error("parameters 'wait' and 'async' are not available here, or for a command with input")
+            raise Error("parameters 'wait' and 'async' are not available here")
+        if waits and takes_input:
+            raise Error("parameter 'wait' is not available for a command with input")
+        if is_async and request.user == "read-token":
+            raise _may_only_look()
         keeping = "async" if is_async else "shared" if self._can_keep and entry.command.shared and not waits else ""
         if "tail" in request.options and keeping != "shared":
             raise Error(f"parameter 'tail' is not available: {entry.name!r} is not shared")
@@ -1524,13 +1559,14 @@ class Site:
     def _keep(self, keeping: str, entry: _Entry, request: Request) -> Reply:
         """Start a run that is kept, or join a shared one, and answer from its transcript."""
         if keeping == "async":
-            self.runs.keep(entry)
-            path, format_ = f"/-/runs/{entry.id}", request.options.get("format")
+            self.runs.keep(entry, request.input)
+            path, format_ = f"-/runs/{entry.id}", request.options.get("format")
             if "text/html" in request.accepted:
-                return Reply(303, {"Location": f".{path}?format={format_}" if format_ else f".{path}"})
+                return Reply(303, {"Location": f"{path}?format={format_}" if format_ else path})
+            headers = {"Location": f"{self._url(request)}/{path}" if self._settings.url else path}
             if "application/json" in request.accepted:
-                return _json_reply(entry.state, 202, {"Location": path})
-            return _text_reply(f"{self._url(request)}{path}\n", 202, {"Location": path})
+                return _json_reply(entry.state, 202, headers)
+            return _text_reply(f"{self._url(request)}/{path}\n", 202, headers)
         entry = self.runs.share(entry)
         try:
             return self._replay(entry, request)
@@ -1612,7 +1648,7 @@ class Site:
                 timestamps=_is_on(request, "timestamps"),
                 hostname=socket.gethostname() if _is_on(request, "hostname") else "",
                 heartbeat_seconds=float(given.get("heartbeat", usual)),
-                title=str(entry),
+                title=str(entry) if format_ == "html" else "",
                 head=_view_head(entry, request, self._can_keep) if format_ == "html" else "",
                 is_report=command.is_report,
                 columns=(command.terminal or self._settings.terminal_size)[0],
@@ -1659,7 +1695,8 @@ class Site:
         return _text_reply("".join([title, *texts]))
 
     def _url(self, request: Request) -> str:
-        return f"{request.scheme or self._settings.scheme}://{request.authority}{request.prefix}"
+        own = f"{request.scheme or self._settings.scheme}://{request.authority}{request.prefix}"
+        return self._settings.url.rstrip("/") or own
 
     def curl_line(self, url: str, name: str, command: Command) -> str:
         """A line for a shell that runs a command of the site at a URL, with every parameter to be seen and changed."""
@@ -1704,18 +1741,41 @@ def _sort_fields(
     return values, options
 
 
+def _variables(command: Command, request: Request) -> dict[str, str]:
+    """What a command is told of the request, as CGI does (RFC 3875 section 4.1)."""
+    told = {"REMOTE_ADDR": request.client.rpartition(":")[0] or request.client, "REMOTE_USER": request.user}
+    for name in command.headers:
+        value = request.headers.get(name.lower(), "").encode("latin-1")
+        told[f"HTTP_{name.upper().replace('-', '_')}"] = os.fsdecode(value)
+    return told
+
+
 def _is_on(request: Request, switch: str, default: str = "0") -> bool:
     """Whether an option that is yes or no is on."""
     return request.options.get(switch, default) != "0"
 
 
 def _parse_form(request: Request) -> list[tuple[str, str]]:
-    if not re.match(r"(?i)application/x-www-form-urlencoded\s*(;|$)", request.headers.get("content-type", "")):
-        raise Error("the body must be a form (application/x-www-form-urlencoded), as curl -d sends it", 415)
+    """The fields of a form, or of a JSON object. Raises Error."""
+    kind = re.match(
+        r"(?i)application/(?:(json)|x-www-form-urlencoded)\s*(?:;|$)", request.headers.get("content-type", "")
+    )
+    if not kind:
+        raise Error("the body must be a form (application/x-www-form-urlencoded), as curl -d sends it, or JSON", 415)
+    body = request.read_body(_FORM_BYTES)
     try:
-        return _parse_query(request.read_body().decode())
+        if not kind[1]:
+            return _parse_query(body.decode())
+        pairs = json.loads(body, object_pairs_hook=tuple, parse_int=str, parse_float=str)  # numbers as they are written
+        if not isinstance(pairs, tuple):
+            raise TypeError
+        fields = [(key, str(value).lower() if isinstance(value, bool) else value) for key, value in pairs]
+        "".join(itertools.chain(*fields)).encode()  # all are text, and none has half of a surrogate pair
+        return fields
     except UnicodeDecodeError:
-        raise Error("the form must be UTF-8") from None
+        raise Error("the body must be UTF-8") from None
+    except (TypeError, ValueError, RecursionError):
+        raise Error("the body must be a JSON object whose values are strings, numbers or booleans") from None
 
 
 def _negotiate(accepted: Mapping[str, float]) -> str:
@@ -1964,6 +2024,7 @@ class Launch(NamedTuple):
     stdin: str  # "none", "pipe", which on a terminal is the terminal, or "own", this program's
     pty: _Pty
     terminal: tuple[int, int] | None  # its columns and lines; None: as the server has it
+    stop: int  # the signal that asks it to end
 
     def __str__(self) -> str:
         return shlex.join(self.argv)
@@ -1980,6 +2041,7 @@ class Call(NamedTuple):
         return f"{getattr(self.function, '__qualname__', self.function)}({arguments})"
 
 
+_PASSED_HEADER = re.compile("(?i)(?!(?:proxy|(?:proxy-)?authorization|(?:set-)?cookie2?)$)[a-z0-9-]+")
 _OPTIONS = {  # of a command
     "command": _TEXT,
     "about": _TEXT,
@@ -1991,6 +2053,16 @@ _OPTIONS = {  # of a command
     "pty": _Rule(_read_switch, (True, False, "echo").__contains__, "yes, no or echo", "True, False or 'echo'"),
     "terminal": _TERMINAL,
     "shared": _SWITCH_RULE,
+    "stop": _Rule(
+        lambda text: text.upper().removeprefix("SIG"),
+        lambda name: f"SIG{name}" in signal.Signals.__members__,
+        "the name of a signal, as in INT",
+    ),
+    "headers": _Rule(
+        lambda text: [name.strip() for name in text.split(",")],
+        lambda names: not isinstance(names, str) and all(map(_PASSED_HEADER.fullmatch, names)),
+        "names of request headers, with commas between, and no credentials",
+    ),
     "cwd": _FOLDER,
     "env": _Rule(
         lambda text: dict(line.strip().split("=", 1) for line in text.splitlines() if line.strip()),
@@ -2016,8 +2088,9 @@ class Command:
         separate or discard; None: merge in text, where order counts, and separate in the formats that tell it apart.
         stdin: whether the body of a POST or PUT is its standard input. pty: whether it runs on a terminal; "echo": on
         one that echoes its input, and ends lines by CRLF. terminal: its columns and lines, or None. shared: whether a
-        client joins the run that goes on with the same values. cwd: the directory to run in. env: variables to add to
-        this program's environment, as it is when the Command is made. type: the Content-Type of the output.
+        client joins the run that goes on with the same values. stop: the signal that asks it to end. headers: request
+        headers that it gets as variables, User-Agent as HTTP_USER_AGENT. cwd: the directory to run in. env: variables
+        to add to this program's environment, as it is when the Command is made. type: the Content-Type of the output.
     """
 
     command: Union[str, Sequence[Union[str, os.PathLike[str]]], _Function]
@@ -2030,6 +2103,8 @@ class Command:
     pty: _Pty = False
     terminal: Optional[tuple[int, int]] = None
     shared: bool = False
+    stop: str = "TERM"
+    headers: Sequence[str] = ()
     cwd: Union[str, os.PathLike[str], None] = None
     env: _Texts = dataclasses.field(default_factory=dict)
     type: str = _PLAIN_TEXT
@@ -2053,8 +2128,8 @@ class Command:
         self.is_plain_text = bool(re.match("(?i)text/plain *(;|$)", self.type))  # a note of ours may follow
         self.parameters: dict[str, Parameter] = {}
         if callable(given):
-            if self.stdin or self.pty or self.env or self.cwd:
-                raise ConfigError("a task has no process: stdin, pty, env and cwd are not for it")
+            if self.stdin or self.pty or self.env or self.cwd or self.headers:
+                raise ConfigError("a task has no process: stdin, pty, env, headers and cwd are not for it")
             self.about = self.about or (inspect.getdoc(given) or "").partition("\n")[0]
             _read_signature(given, self.parameters)
             self._arguments = [f"\0_{name}\1" for name in self.parameters]
@@ -2087,8 +2162,8 @@ class Command:
             value = getattr(self, name)
             if name != "command" and value != Command.__dataclass_fields__[name].default:
                 rule.check(name, value)
-        if (self.shared or self.command == "-") and self.stdin:
-            raise ConfigError("a command cannot be both shared and stdin: its viewers would share one input")
+        if (self.shared or self.command == "-") and (self.stdin or self.headers):
+            raise ConfigError("a shared command can have neither stdin nor headers: it serves more than one request")
 
     def _read_words(self, words: Sequence[str]) -> list[str]:
         """The arguments of a command line, a script or a list of words, with marks for the parameters."""
@@ -2107,10 +2182,18 @@ class Command:
             raise ConfigError("the program itself cannot be a parameter")
         return marked
 
-    def bind(self, name: str, values: _Texts, stderr: str = "merge", stdin: str = "none") -> Union[Launch, Call]:
+    def bind(
+        self,
+        name: str,
+        values: _Texts,
+        stderr: str = "merge",
+        stdin: str = "none",
+        variables: _Texts = MappingProxyType({}),
+    ) -> Union[Launch, Call]:
         """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text.
 
-        `stderr` is where standard error goes unless the command itself says so, `stdin` what standard input is.
+        `stderr` is where standard error goes unless the command itself says so, `stdin` what standard input is, and
+        `variables` are added to the environment.
         """
         bound: Any = {key: values.get(key, default) for key, default in self.defaults.items()}
         for key, value in bound.items():
@@ -2125,13 +2208,14 @@ class Command:
                 return Call(self.command, {key: self.parameters[key].read(value) for key, value in bound.items()})
             except ValueError as error:  # Python reads no int of thousands of digits
                 raise Error(f"a value of {name!r} cannot be read: {error}") from None
-        env = self._environment
+        env = {**self._environment, **variables}
         if self.is_shell:
             argv = ["/bin/sh", "-c", _MARK.sub(r"${arg_\1}", self._arguments[0])]
             env = {**env, **{f"arg_{key}": value for key, value in bound.items()}}
         stderr = self.stderr or ("merge" if self.pty else stderr)
         cwd = os.fspath(self.cwd) if self.cwd else None
-        return Launch(argv, env, cwd, stderr, "own" if self.is_source else stdin, self.pty, self.terminal)
+        stdin = "own" if self.is_source else stdin
+        return Launch(argv, env, cwd, stderr, stdin, self.pty, self.terminal, signal.Signals[f"SIG{self.stop}"])
 
     def _complete(self, of: str, bound: _Texts, argument: str) -> str:
         """Put values into an argument, or into a script. Raises Error for one that must not stand there."""
@@ -2255,7 +2339,7 @@ def _read_config(path: str) -> Iterator[tuple[str, Command]]:
 
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), comment_prefixes=("#",))
     try:
-        parser.read_string(_read_text(path), path)
+        parser.read_string(re.sub("(?m)^;", "#", _read_text(path)), path)  # a script may have more, behind blanks
     except configparser.Error as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     if not parser.sections():
@@ -2360,7 +2444,7 @@ _BLOCK_MIN_BYTES = 16 * 1024
 _BLOCK_MAX_BYTES = 512 * 1024
 _SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ, which Python has since 3.10; systems other than Linux refuse it
 # In the spelling that every shell takes. The jobs of a terminal are groups of the same session (proc_pid_stat(5)).
-_WATCHDOG = """read -r _; kill -TERM -$0; sleep $1; kill -KILL -$0
+_WATCHDOG = """read -r _; kill -$2 -$0; sleep $1; kill -KILL -$0
 for f in /proc/[0-9]*/stat; do read -r l <$f && set -- ${l##*\\) } && [ $4 = $0 ] && kill -KILL -$3; done"""
 # Why the server ends a run, besides its timeout and its output limit.
 _CLIENT_GONE = "client gone"
@@ -2477,8 +2561,8 @@ class _Runs:
                 raise _shortage(error) from None
             raise
 
-    def keep(self, entry: _Entry) -> None:
-        """Start a run that outlives its client. Raises Error."""
+    def keep(self, entry: _Entry, given: Iterable[bytes] = ()) -> None:
+        """Start a run that outlives its client, with its input. Raises Error."""
         size = self._settings.transcript_bytes
         with self._lock:  # or another could take the same room
             room = min(size, self._drop_ended(size))
@@ -2487,8 +2571,10 @@ class _Runs:
             entry.transcript = _open_transcript(self._settings, room)
             entry.transcript.drop_another = self._drop_another
             self._transcripts.add(entry.transcript)
-        run = self.start(entry)
+        run: Any = self.start(entry)
         try:
+            if run.takes_input:
+                _start_thread("streamlog-input", run.feed, given)
             entry.thread = _start_thread(f"streamlog-kept {entry.name}", self._record, entry)
         except RuntimeError as error:
             run.close()
@@ -2642,6 +2728,7 @@ class Run:
     The thread that starts a run owns it: only that one waits, reads and closes. Any thread may stop it.
     """
 
+    _stop_signal: int = signal.SIGTERM  # that asks it to end
     takes_input = False
     stream = ""  # of what was read last
     output_bytes = 0  # that were read
@@ -2797,7 +2884,8 @@ class Run:
                 self._agenda[self._kill] = min(moment, self._agenda.get(self._kill, inf))
                 if not self.is_stopping:
                     self.is_stopping = True
-                    self._signal(signal.SIGTERM)
+                    # What a shell has in the background ignores SIGINT.
+                    self._signal(self._stop_signal if self.exit_code is None else signal.SIGTERM)
         self.bell.ring()
 
     def _kill(self) -> None:
@@ -2808,7 +2896,7 @@ class Run:
             self._end_drain()
 
     def _signal(self, number: int) -> None:
-        """Ask it to end (SIGTERM), or end it by force (SIGKILL)."""
+        """Ask it to end, or end it by force (SIGKILL)."""
 
     def _look_for_exit(self) -> None:
         """Note the exit if it has happened."""
@@ -2929,6 +3017,7 @@ class Process(Run):
             raise
         self._held.callback(release)
         self.pid = process.pid  # of the leader, and of its group
+        self._stop_signal = launch.stop
         self._groups = {self.pid}
         self.takes_input = launch.stdin == "pipe"
         self._stdin = process.stdin if self.takes_input else None
@@ -3090,14 +3179,11 @@ def _spawn(launch: Launch, settings: Settings) -> subprocess.Popen[bytes]:
             terminal.append(_own(ours))
             terminal.append(_own(os.dup(ours), "wb"))
             columns, lines = launch.terminal or settings.terminal_size
-            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-            if launch.pty != "echo":
-                modes = termios.tcgetattr(theirs)
-                modes[1] &= ~termios.OPOST  # leave the ends of output lines alone
-                modes[3] &= ~(termios.ECHO | termios.ECHONL)
-                termios.tcsetattr(theirs, termios.TCSANOW, modes)
-            env = {**env, "COLUMNS": f"{columns}", "LINES": f"{lines}"}
-            argv = [*_ON_TERMINAL, os.ttyname(theirs), *argv]
+            _set_terminal(theirs, lines, columns, launch.pty == "echo")
+            argv, env = (
+                [*_ON_TERMINAL, os.ttyname(theirs), *argv],
+                {**env, "COLUMNS": f"{columns}", "LINES": f"{lines}"},
+            )
         process = subprocess.Popen(
             argv,
             bufsize=0,
@@ -3124,6 +3210,15 @@ def _spawn(launch: Launch, settings: Settings) -> subprocess.Popen[bytes]:
     if terminal:
         process.stdout, process.stdin = terminal
     return process
+
+
+def _set_terminal(descriptor: int, lines: int, columns: int, echoes: bool) -> None:
+    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    if not echoes:
+        modes = termios.tcgetattr(descriptor)
+        modes[1] &= ~termios.OPOST  # leave the ends of output lines alone
+        modes[3] &= ~(termios.ECHO | termios.ECHONL)
+        termios.tcsetattr(descriptor, termios.TCSANOW, modes)
 
 
 # One look at /proc (proc_pid_stat(5)) serves all the runs that are ending. An orphan's zombie stays in its group until
@@ -3164,7 +3259,7 @@ def _watchdog(run: Run) -> Iterator[_Events]:
     with ExitStack() as stack:
         watched = {}
         if isinstance(run, Process):
-            argv = ["/bin/sh", "-c", _WATCHDOG, f"{run.pid}", f"{run._settings.grace_seconds}"]
+            argv = ["/bin/sh", "-c", _WATCHDOG, *map(str, (run.pid, run._settings.grace_seconds, run._stop_signal))]
             none, env = subprocess.DEVNULL, {"PATH": os.defpath}
             try:
                 dog = subprocess.Popen(  # unbuffered, or in a fork closing its input could wait for a lock for ever
@@ -3404,10 +3499,10 @@ class Format:
         """Output of the run, as the client gets it."""
         self._note_output()
         starts_line, self._at_line_start = self._at_line_start, data[-1:] == b"\n"
+        if not (self.options.timestamps or self.options.hostname):
+            return data
         words = (self.options.timestamps and _timestamp(self.clock()), self.options.hostname)
         prefix = "".join(f"{word} " for word in words if word).encode()
-        if not prefix:
-            return data
         starts_line |= self._is_returned and data[:1] != b"\n"
         self._is_returned = data[-1:] == b"\r"  # if it is not the first half of CRLF, the line is written anew
         return prefix * starts_line + re.sub(rb"\n(?!\Z)|\r(?!\n|\Z)", rb"\g<0>" + prefix, data)
@@ -4244,13 +4339,27 @@ def _set_level(level: str, logger: str = "root") -> str:
 
 
 def _show_stacks() -> str:
-    """What each thread of this program is doing"""
+    """What each thread and each asyncio task of this program is doing"""
     main = threading.main_thread().ident
     names = {thread.ident: thread.name + " (daemon)" * thread.daemon for thread in threading.enumerate()}
-    return "\n".join(  # a variable here would hold its own frame, and with it what all the others hold
+    stacks = [
         f"{names.get(ident, '(not started by threading)')}, thread {ident}\n{''.join(traceback.format_stack(frame))}"
         for ident, frame in sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
-    )
+    ]  # a variable here would hold its own frame, and with it what all the others hold
+    return "\n".join([*stacks, *_show_tasks()])
+
+
+def _show_tasks() -> Iterator[str]:
+    """The tasks of all event loops, with the line where each of their coroutines waits."""
+    asyncio: Any = sys.modules.get("asyncio")
+    loops = [one for one in gc.get_objects() if issubclass(type(one), asyncio.AbstractEventLoop)] if asyncio else []
+    for task in itertools.chain(*map(asyncio.all_tasks, loops)) if loops else ():
+        inner, lines = task.get_coro(), []
+        state = "runs" if getattr(inner, "cr_running", False) else "waits"
+        while hasattr(inner, "cr_await"):
+            frame, inner = inner.cr_frame, inner.cr_await
+            lines += traceback.format_stack(frame, 1) if frame else []
+        yield f"{_printable(task.get_name())}, asyncio task, {state}\n{''.join(lines)}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4322,7 +4431,7 @@ def _index_page(commands: _Commands, lines: _Texts, keepable: Iterable[str]) -> 
     """The commands as a page: a row for each and a frame for the output, without a script; `lines` are for curl."""
     rows = []
     for name, command in commands.items():
-        is_kept = name in keepable and not (command.is_source or command.stdin or "async" in command.parameters)
+        is_kept = name in keepable and not (command.is_source or "async" in command.parameters)
         method = "get" if "GET" in command.methods and not command.stdin else "post"
         markup = {
             "QUERY": "?-=form" if command.stdin else "",
@@ -4880,6 +4989,7 @@ def _read_environ(environ: Mapping[str, Any]) -> Request:
     if request.is_chunked and not environ.get("wsgi.input_terminated"):
         raise Error("the server in front does not pass a chunked body on: send it with a Content-Length", 411)
     request.scheme, request.prefix = environ["wsgi.url_scheme"], prefix
+    request.client = ":".join(environ[key] for key in ("REMOTE_ADDR", "REMOTE_PORT") if environ.get(key))
     return request
 
 
@@ -4906,6 +5016,9 @@ class _Flags(Settings):
 
     config: Sequence[str] = _setting((), "-c, --config FILE | read commands from this file first; may be repeated")
     token_file: Optional[str] = _setting(None, "--token-file FILE | demand the token in it; or set STREAMLOG_TOKEN")
+    read_token_file: Optional[str] = _setting(
+        None, "--read-token-file FILE | also take the one in it, to look only; or set STREAMLOG_READ_TOKEN"
+    )
     check: bool = _setting(False, "--check | print the commands as they were understood, and exit", _SWITCH_RULE)
     verbose: bool = _setting(False, "-v, --verbose | also log each start of a command", _SWITCH_RULE)
     quiet: bool = _setting(False, "-q, --quiet | print only the address at start, and log only warnings", _SWITCH_RULE)
@@ -4915,6 +5028,9 @@ class _Flags(Settings):
     def _name(self, field: str) -> str:
         field = "token_file" if field == "token" else field
         return re.findall("--[a-z-]+", self.__dataclass_fields__[field].metadata["flag"])[0]  # type: ignore[no-any-return]
+
+
+_HELP = re.compile("--help|-[a-z]*h")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -4941,34 +5057,72 @@ def _warn(message: str) -> None:
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
-    """Read the command line. Raises ConfigError."""
+    """Read the environment and the command line. Raises ConfigError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        def format_help(self) -> str:
-            manual = re.sub(r"(?s)\n(in a program|for developers):.*?(?=\nusage:|\Z)", "", __doc__ or "")
-            return _fill(manual, {"OPTIONS": "\n".join(lines)})
-
         def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"{message} (quote each command line, so that it is one argument; see --help)")
+            raise ConfigError(f"{message}; see --help")
 
-    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
     parser.add_argument("commands", nargs="*")
+    parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="version", version=f"streamlog {__version__}")
-    lines = []
-    for field in dataclasses.fields(_Flags):
-        flag = field.metadata.get("flag")
-        if flag:
-            about = field.metadata["about"]
-            names = re.findall(r"--?[a-z-]+", flag)
+    variables = {}
+    for name, field in _Flags.__dataclass_fields__.items():
+        rule: Any = field.metadata.get("rule")
+        flags = re.findall(r"--?[a-z-]+", field.metadata.get("flag", ""))
+        if flags:
             how: dict[str, Any] = {"action": "store_true"}
             if not isinstance(field.default, bool):
-                read = partial(field.metadata["rule"].parse, names[-1])
-                how = {"action": "append" if field.default == () else "store", "type": read}
-            parser.add_argument(*names, dest=field.name, **how)
-            shown = f"{'  ' if len(names) > 1 else '      '}{flag}"
+                how = {"action": "append" if field.default == () else "store", "type": partial(rule.parse, flags[-1])}
+            parser.add_argument(*flags, dest=name, **how)
+            variables[name] = f"STREAMLOG{flags[-1][1:].replace('-', '_').upper()}"
+    argv = sys.argv[1:] if argv is None else argv
+    known, unknown = parser.parse_known_intermixed_args(argv)
+    given = vars(known)
+    if given.pop("help", False):
+        unknown += [word for word in argv if _HELP.match(word)]
+    bare = [word for word in given.get("commands", ()) if not re.search(r"\s", word)]
+    _check_words(parser.prog, argv, bare, unknown)
+    for name, variable in variables.items():
+        text = os.environ.get(variable)
+        if text and name not in given:
+            field = _Flags.__dataclass_fields__[name]
+            values = [
+                field.metadata["rule"].parse(variable, one) for one in (text.split() if field.default == () else [text])
+            ]
+            given[name] = values if field.default == () else values[0]
+    return _Flags(**given)
+
+
+def _check_words(program: str, argv: Sequence[str], bare: Sequence[str], unknown: Sequence[str]) -> None:
+    """Ask about what was most likely meant. Raises ConfigError, or exits once help was printed."""
+    if any(word.startswith("--host") for word in unknown):
+        raise ConfigError("there is no option --host: did you mean --bind?")
+    if unknown and bare and argv.index(bare[0]) < argv.index(unknown[0]):
+        line = shlex.quote(" ".join(argv[argv.index(bare[0]) :]))
+        raise ConfigError(f"quote the command line, so that it is one argument: {program} {line}")
+    if unknown and _HELP.match(unknown[0]):
+        _print(_manual())
+        sys.exit()
+    if unknown:
+        raise ConfigError(f"there is no option {unknown[0]}: see --help")
+    for word in bare:
+        if os.path.isfile(word) and not shutil.which(word):
+            raise ConfigError(f"{word!r} is not executable: did you mean -c {word}?")
+
+
+def _manual() -> str:
+    """What --help prints: this file's description without what is for programmers, and with the options."""
+    lines = []
+    for field in dataclasses.fields(_Flags):
+        flag, about = field.metadata.get("flag"), field.metadata.get("about")
+        if flag:
+            shown = f"{'  ' if flag[1] != '-' else '      '}{flag}"
             lines.append(f"{shown:22} {about}" if len(shown) <= 22 else f"{shown}\n{'':22} {about}")
-    return _Flags(**vars(parser.parse_intermixed_args(argv)))
+    manual = re.sub(r"(?s)\n(in a program|for developers):.*?(?=\nusage:|\Z)", "", __doc__ or "")
+    return _fill(manual.rstrip(), {"OPTIONS": "\n".join(lines)})
 
 
 def _load_commands(options: _Flags, warn: Callable[[str], object]) -> dict[str, Command]:
@@ -4992,10 +5146,11 @@ def _describe(name: str, command: Command) -> str:
     for parameter in command.parameters.values():
         default = "required" if parameter.default is None else f"default {parameter.default!r}"
         lines.append(f"parameter {parameter.name}: {parameter.type}, {default}")
-    for option in ("timeout", "max", "stderr", "stdin", "pty", "terminal", "shared", "cwd", "type"):
+    for option in ("timeout", "max", "stderr", "stdin", "pty", "terminal", "shared", "stop", "headers", "cwd", "type"):
         value = getattr(command, option)
         if value != getattr(Command, option):
-            shown = "x".join(map(str, value)) if option == "terminal" else value
+            separator = {"terminal": "x", "headers": ", "}.get(option)
+            shown = separator.join(map(str, value)) if separator else value
             lines.append(f"{option}: {'yes' if value is True else shown}")
     lines += [f"env: {key}={value}" for key, value in command.env.items()]
     return "\n     ".join(filter(None, lines))
@@ -5032,7 +5187,10 @@ def _listen(commands: _Commands, options: _Flags) -> Server:
     where = options.bind if options.bind.startswith("unix:") else f"{options.bind}:{options.port}"
     try:
         settings = dataclasses.replace(
-            options, token=_load_token(options.token_file), child_nofile=_raise_descriptor_limit()
+            options,
+            token=_load_token(options.token_file, "STREAMLOG_TOKEN"),
+            read_token=_load_token(options.read_token_file, "STREAMLOG_READ_TOKEN"),
+            child_nofile=_raise_descriptor_limit(),
         )
         return Server(commands, settings, _take_listener())
     except (OSError, UnicodeError) as error:  # the latter for a host name that cannot be one
@@ -5040,15 +5198,17 @@ def _listen(commands: _Commands, options: _Flags) -> Server:
         raise ConfigError(f"cannot listen on {where}: {why}; choose another address with -b and -p") from None
 
 
-def _load_token(path: str | None) -> str:
+def _load_token(path: str | None, where: str) -> str:
     """The token of the file, or else of the environment; empty if neither is there."""
-    token, where = os.environ.get("STREAMLOG_TOKEN"), "STREAMLOG_TOKEN"
+    token = os.environ.get(where)
     if path is not None:
         token, where = _read_text(path).strip(), path
         if os.stat(path).st_mode & 0o077:
             _warn(f"others can read {path!r}: chmod 600 {path}")
     if token is not None and not (token and token.isprintable()):
         raise ConfigError(f"the token in {where} must be one line of printable characters, and not empty")
+    if token and len(token) < 16:
+        _warn(f"the token in {where} is short, and can be guessed: use at least 16 characters")
     return token or ""
 
 
@@ -5106,7 +5266,7 @@ def _serve(server: Server, commands: _Commands, options: _Flags) -> None:
 
     try:
         _start_thread("streamlog", run)
-        _announce(server, commands, options.quiet)
+        _announce(server, commands, options)
         _notify("READY=1")
         while not ended.is_set():
             if 2 in _poll(watched):
@@ -5140,7 +5300,7 @@ def _take_signals(can_reload: bool) -> tuple[_Bell, set[signal.Signals]]:
     return signals, handled
 
 
-def _announce(server: Server, commands: _Commands, is_quiet: bool) -> None:
+def _announce(server: Server, commands: _Commands, options: _Flags) -> None:
     """Print where the server listens, and how curl runs each command."""
     settings = server._settings
     if server._reach is Reach.NETWORK and not (settings.token and settings.tls_cert):
@@ -5150,9 +5310,11 @@ def _announce(server: Server, commands: _Commands, is_quiet: bool) -> None:
             else "anyone who reaches %s can run every command: those that change things should be POST",
             server.url,
         )
-    url = f"{settings.scheme}://localhost" if server._socket_path else server.url
+    url = settings.url.rstrip("/") or (f"{settings.scheme}://localhost" if server._socket_path else server.url)
     lines = [server._site.curl_line(url, name, command) for name, command in commands.items()]
-    _print(*([server.url] if is_quiet else [f"streamlog: listening on {server.url}", *lines]))
+    if options.token_file is not None:
+        lines = [line.replace("$STREAMLOG_TOKEN", f"$(cat {shlex.quote(options.token_file)})", 1) for line in lines]
+    _print(*([server.url] if options.quiet else [f"streamlog: listening on {server.url}", *lines]))
 
 
 def _print(*lines: str) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import os
 import random
+import shlex
+import shutil
 import socket
+import subprocess
 import unittest
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import streamlog
 from streamlog import Access, Command, Error, Reach, Settings
@@ -185,7 +189,7 @@ class Tokens(ServerCase):
             junk = "".join(chr(dice.choice((*range(32, 127), *range(160, 256)))) for _ in range(dice.randrange(40)))
             scheme = dice.choice(("Basic ", "Bearer ", "", "Digest "))
             with self.assertRaises(Error) as caught:
-                self.server._site.access._check_token(scheme + junk)
+                self.server._site.access._find_token(scheme + junk)
             self.assertEqual(caught.exception.status, 401)
 
     def test_the_health_address_alone_needs_no_token(self) -> None:
@@ -243,6 +247,90 @@ class Tokens(ServerCase):
         self.assertEqual(answer.status, 403)
         self.assertIn(b"(https://evil.test)", answer.body)
         self.assertIn(b"allow_origins=", answer.body)
+
+
+class ReadToken(ServerCase):
+    READ = "Authorization: Bearer look-only-0123456789"
+
+    def setUp(self) -> None:
+        super().setUp()
+        commands: dict[str, Any] = {
+            "x": "echo {y=1}",
+            "user": "!echo $REMOTE_USER",
+            "post": Command("true", method="POST"),
+            "in": Command("cat", stdin=True),
+            "both": Command("cat", stdin=True, method="GET"),
+        }
+        self.server = self.serve(commands, token=TOKEN, read_token="look-only-0123456789")
+
+    def test_it_may_look_and_no_more(self) -> None:
+        for method, path, status in (
+            ("GET", "/x", 200),
+            ("HEAD", "/x", 200),
+            ("OPTIONS", "/post", 204),
+            ("GET", "/", 200),
+            ("GET", "/-/runs", 200),
+            ("GET", "/-/metrics", 200),
+            ("GET", "/user?wait", 200),
+            ("GET", "/both", 200),
+            ("GET", "/post", 405),
+            ("POST", "/post", 403),
+            ("POST", "/in", 403),
+            ("PUT", "/in", 403),
+            ("PUT", "/both", 403),
+            ("DELETE", "/-/runs/aaaaaaaaaaaaaaaaaaaaaa", 403),
+            ("POST", "/none", 403),
+            ("GET", "/x?async=1", 403),
+        ):
+            with self.subTest(method=method, path=path):
+                self.assertEqual(self.fetch(self.server, path, method, [self.READ]).status, status)
+                allowed = {403: (200, 202, 404, 410)}.get(status, (status,))
+                self.assertIn(self.fetch(self.server, path, method, [BEARER]).status, allowed)
+        self.assertEqual(self.fetch(self.server, "/x", headers=[self.READ, "Prefer: respond-async"]).status, 403)
+        self.assertEqual(self.fetch(self.server, "/x").status, 401)
+        self.assertEqual(self.fetch(self.server, "/x", headers=[self.READ + "x"]).status, 401)
+
+    def test_a_command_is_told_which_token_it_was(self) -> None:
+        self.assertEqual(self.fetch(self.server, "/user", headers=[self.READ]).body, b"read-token\n")
+        self.assertEqual(self.fetch(self.server, "/user", headers=[BEARER]).body, b"token\n")
+        self.assertEqual(self.fetch(self.serve({"x": "!echo [$REMOTE_USER]"}), "/x").body, b"[]\n")
+
+    def test_it_needs_the_other_token_beside_it(self) -> None:
+        for token in ("", "0123456789abcdef"):
+            with self.assertRaisesRegex(streamlog.ConfigError, "needs another beside it"):
+                Settings(token=token, read_token="0123456789abcdef")
+        with mock.patch.dict(os.environ, {"STREAMLOG_READ_TOKEN": "0123456789abcdef"}):
+            self.assertIn("needs another beside it", run_program("-p", "0", "x=true").stderr)
+
+    def test_files_and_variables_are_read_and_the_lines_that_are_printed_work(self) -> None:
+        full, read = self.folder / "it's full", self.folder / "read"
+        full.write_text("0123456789abcdef\n")
+        read.write_text("short\n")
+        for path in (full, read):
+            path.chmod(0o600)
+        arguments = "-p", "0", "--token-file", str(full), "--read-token-file", str(read), "x=echo $REMOTE_USER"
+        with Program(*arguments) as program:
+            assert program.process.stdout
+            line = program.process.stdout.readline()
+            self.assertIn(f'-u ":$(cat {shlex.quote(str(full))})"', line)
+            if shutil.which("curl"):
+                told = subprocess.run(["sh", "-c", line], capture_output=True).stdout
+                self.assertEqual(told, b"$REMOTE_USER\n")
+            with program.connect() as client:
+                client.get("/", headers=["Authorization: Bearer short"])
+                self.assertIn(
+                    b' -u ":$STREAMLOG_TOKEN" ', client.read_answer().body, "another machine has no such file"
+                )
+            program.process.terminate()
+            told_of = program.end()[1]
+            self.assertIn(f"the token in {read} is short, and can be guessed: use at least 16 characters", told_of)
+            self.assertNotIn(str(full), told_of)
+        variables = {"STREAMLOG_TOKEN": "0123456789abcdef", "STREAMLOG_READ_TOKEN": "fedcba9876543210"}
+        with mock.patch.dict(os.environ, variables), Program("-p", "0", "x=true") as program:
+            for token, status in (("0123456789abcdef", 200), ("fedcba9876543210", 200), ("x", 401)):
+                with program.connect() as client:
+                    client.get("/x", headers=[f"Authorization: Bearer {token}"])
+                    self.assertEqual(client.read_answer().status, status)
 
 
 class Options(ServerCase):

@@ -323,7 +323,7 @@ class Chaos(ServerCase):
         if not answer:
             return None
         self.assertEqual(answer.status, 202, answer)
-        self.kept.append(Kept(answer.headers["location"], wanted))
+        self.kept.append(Kept("/" + answer.headers["location"], wanted))
         return self.kept[-1]
 
     def background(self, dice: Random) -> None:

@@ -404,8 +404,9 @@ class Config(unittest.TestCase):
 
     def test_a_file_gives_each_option_its_meaning(self) -> None:
         commands = self.read(
-            "# a comment\n"
-            "[logs]\ncommand = tail -n {lines:int=100} -F /var/log/{file:syslog|auth.log}\nabout = Follow: 50% = half\n"
+            "# a comment\n; another\n"
+            "[logs]\n;command = no\n"
+            "command = tail -n {lines:int=100} -F /var/log/{file:syslog|auth.log}\nabout = Follow: 50% = half\n"
             "[busiest]\ncommand = !ps aux --sort=-%cpu |\n  head -n {n:int=10}\n  ;; esac\n"
             "[restart]\ncommand = true {unit:nginx|redis}\nmethod = POST\ntimeout = 1.5\nmax = 1\nstderr = discard\n"
             "cwd = /\nenv =\n  A=1\n  B=x=y\ntype = text/csv\n"
@@ -417,6 +418,19 @@ class Config(unittest.TestCase):
         restart = commands["restart"]
         self.assertEqual((restart.method, restart.timeout, restart.max, restart.stderr), ("POST", 1.5, 1, "discard"))
         self.assertEqual((restart.cwd, restart.env, restart.type), ("/", {"A": "1", "B": "x=y"}, "text/csv"))
+
+    def test_a_signal_and_headers_are_read_from_a_file(self) -> None:
+        commands = self.read("[x]\ncommand = true\nstop = sigint\nheaders = User-Agent , X-GitHub-Event\n")
+        self.assertEqual((commands["x"].stop, commands["x"].headers), ("INT", ["User-Agent", "X-GitHub-Event"]))
+        for text, told in (
+            ("stop = NONE", "command 'x': stop must be the name of a signal, as in INT: 'NONE'"),
+            ("stop = 2", "command 'x': stop must be the name of a signal"),
+            ("headers = Cookie", "command 'x': headers must be names of request headers"),
+            ("headers = A, , B", "command 'x': headers must be names of request headers"),
+            ("headers = A\nshared = yes", "command 'x': a shared command can have neither stdin nor headers"),
+        ):
+            with self.subTest(text=text), self.assertRaisesRegex(ConfigError, told):
+                self.read(f"[x]\ncommand = true\n{text}\n")
 
     def test_a_mistake_names_the_file_the_command_and_the_place(self) -> None:
         for text, told in (

@@ -545,7 +545,7 @@ class Tasks(EmbeddingCase):
                 self.assertIn("status=409 exit=1 ", logged.output[-1])
         answer = self.fetch(server, "/late")
         self.assertEqual((answer.status, answer.body), (200, b"begun\ntoo late\n"))
-        kept = self.fetch(server, "/refuse?async=1").headers["location"]
+        kept = "/" + self.fetch(server, "/refuse?async=1").headers["location"]
         wait_until(lambda: self.fetch(server, kept).body == b"there is no such customer\n", "it is kept")
         self.assertEqual(self.fetch(server, f"{kept}?wait=1").headers["exit-code"], "1")
         self.assertEqual(list(streamlog.stream(refuse)), [b"there is no such customer\n"])

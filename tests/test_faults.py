@@ -57,7 +57,7 @@ class Kept(ServerCase):
     def test_ended_runs_do_not_use_up_the_descriptors(self) -> None:
         with Program("-p", "0", "-q", "x=echo x", preexec_fn=lambda: limited(64)) as program:
             for _ in range(100):
-                path = program.fetch("/x?async=1").headers["location"]
+                path = "/" + program.fetch("/x?async=1").headers["location"]
                 wait_until(lambda path=path: program.fetch(f"{path}?wait").status == 200, "it ends")  # type: ignore[misc]
             clients = [program.connect() for _ in range(10)]
             for client in clients:
@@ -69,14 +69,14 @@ class Kept(ServerCase):
     def test_they_go_by_the_clock_though_nobody_looks(self) -> None:
         with mock.patch.object(streamlog, "_SWEEP_SECONDS", 0.1):
             server = self.serve({"x": "echo x"}, kept_seconds=0.3)
-            location = self.fetch(server, "/x?async=1").headers["location"]
+            location = "/" + self.fetch(server, "/x?async=1").headers["location"]
             self.assertEqual(self.fetch(server, f"{location}?wait").status, 200)
             wait_until(lambda: not any("/var/tmp/#" in one for one in descriptors()), "its transcript is closed", 3)
 
     def test_a_clock_that_is_set_changes_neither_ages_nor_durations(self) -> None:
         server = self.serve({"x": "sleep 0.2"})
         for shift in (86_400, -86_400):
-            location = self.fetch(server, "/x?async=1").headers["location"]
+            location = "/" + self.fetch(server, "/x?async=1").headers["location"]
             moment = time.time() + shift
             with mock.patch("time.time", lambda moment=moment: moment):
                 answer = self.fetch(server, f"{location}?wait&footer=1")
@@ -91,9 +91,9 @@ class Kept(ServerCase):
         prefix = ["unshare", "--mount", "sh", "-c", script, str(disk)]
         arguments = ["--transcripts", str(disk), "x=head -c {n:int} /dev/zero", "-p", "0", "-q"]
         with Program(*arguments, prefix=prefix) as program:
-            first = program.fetch("/x?async=1&n=2000000").headers["location"]
+            first = "/" + program.fetch("/x?async=1&n=2000000").headers["location"]
             wait_until(lambda: b"are no longer kept" in program.fetch(first).body, "the disk is full")
-            second = program.fetch("/x?async=1&n=900000").headers["location"]
+            second = "/" + program.fetch("/x?async=1&n=900000").headers["location"]
             answer = program.fetch(second)
             self.assertEqual((answer.status, answer.body.count(b"\0"), len(answer.body)), (200, 900_000, 900_000))
             self.assertEqual(program.fetch(first).status, 410)
@@ -156,7 +156,7 @@ class Delays(ServerCase):
 
         server = self.serve({"x": "!(trap '' TERM; sleep 0.5) >/dev/null 2>&1 & echo x"})
         with mock.patch.object(streamlog.Run, "wait", late):
-            for path in ("/x", self.fetch(server, "/x?async=1").headers["location"]):
+            for path in ("/x", "/" + self.fetch(server, "/x?async=1").headers["location"]):
                 self.assertEqual(self.fetch(server, path).body, b"x\n")
             wait_until(lambda: not server._site.runs.active, "both are gone", 5)
             wait_until(lambda: b"running" not in self.fetch(server, "/-/runs").body, "it has ended", 5)
@@ -179,6 +179,22 @@ class Watchdogs(ServerCase):
             program.process.kill()
             program.end()
         wait_until(lambda: not is_alive(pid), "the run has ended", 5)
+
+    def test_it_uses_the_signal_of_its_command(self) -> None:
+        told = self.folder / "told"
+        (self.folder / "c.ini").write_text(
+            "[x]\nstop = INT\n"
+            f"command = !trap 'echo int > {told}; exit' INT; echo $$ > {told}; while :; do sleep 0.05; done\n"
+        )
+        with Program("-p", "0", "-q", "-c", str(self.folder / "c.ini")) as program:
+            program.fetch("/x?async=1")
+            wait_until(told.exists, "it runs")
+            (pid,) = pids_in(wait_until(told.read_bytes, "its number"))
+            wait_until(lambda: children(program.process.pid) - {pid}, "there is a watchdog")
+            program.process.kill()
+            program.end()
+        wait_until(lambda: not is_alive(pid), "the run has ended", 4)
+        self.assertEqual(told.read_text(), "int\n")
 
     def test_one_lives_until_all_of_its_run_is_gone(self) -> None:
         note = self.folder / "pid"

@@ -116,6 +116,52 @@ class Bodies(InputCase):
             with self.subTest(form=form[:40]):
                 self.assertEqual(self.fetch(server, "/x?-=form", "POST", headers, form).status, status)
 
+    def test_a_json_object_is_parameters(self) -> None:
+        server = self.serve({"x": Command("echo {a=none} {b:text=} {n:float=0}", method="POST")})
+        json_ = "Content-Type: application/json"
+        for type_, body, output in (
+            (json_, b'{"a": "x", "b": "two words \\u00e9", "n": 1.50}', "x two words é 1.50\n"),
+            ("Content-Type: application/json; charset=utf-8", b' {"a": true, "n": 3e2} ', "true  3e2\n"),
+            (json_, b'{"a": false, "b": ""}', "false  0\n"),
+            (json_, b"{}", "none  0\n"),
+        ):
+            with self.subTest(body=body):
+                answer = self.fetch(server, "/x", "POST", [type_], body)
+                self.assertEqual((answer.status, answer.body.decode()), (200, output))
+        for body, told in (
+            (b'{"a": {"b": 1}}', "a JSON object whose values are strings, numbers or booleans"),
+            (b'{"a": ["x"]}', "a JSON object whose values are strings, numbers or booleans"),
+            (b'{"a": null}', "a JSON object whose values are strings, numbers or booleans"),
+            (b'{"n": NaN}', "a JSON object whose values are strings, numbers or booleans"),
+            (b'[["a", "x"]]', "a JSON object whose values are strings, numbers or booleans"),
+            (b'["ab"]', "a JSON object whose values are strings, numbers or booleans"),
+            (b'"ab"', "a JSON object whose values are strings, numbers or booleans"),
+            (b"1", "a JSON object whose values are strings, numbers or booleans"),
+            (b"null", "a JSON object whose values are strings, numbers or booleans"),
+            (b" ", "a JSON object whose values are strings, numbers or booleans"),
+            (b"{", "a JSON object whose values are strings, numbers or booleans"),
+            (b'{"a": "x", }', "a JSON object whose values are strings, numbers or booleans"),
+            (b"[" * 60_000, "a JSON object whose values are strings, numbers or booleans"),
+            (b'{"b": "\\ud800"}', "a JSON object whose values are strings, numbers or booleans"),
+            (b'{"b": "\xff"}', "must be UTF-8"),
+            (b'{"a": "x", "a": "y"}', "parameter 'a' of 'x' is given twice"),
+            (b'{"a": "-x"}', "must not begin with '-'"),
+            (b'{"c": "x"}', "has no parameter 'c'"),
+            (b'{"n": ' + b"9" * 30_000 + b"e}", "a JSON object whose values are strings, numbers or booleans"),
+        ):
+            with self.subTest(body=body[:40]):
+                answer = self.fetch(server, "/x", "POST", [json_], body)
+                self.assertEqual(answer.status, 400)
+                self.assertIn(told, answer.body.decode())
+        self.assertEqual(self.fetch(server, "/x", "POST", ["Content-Type: application/jsonl"], b"{}").status, 415)
+        big = b'{"b": "' + b"x" * 70_000 + b'"}'
+        self.assertEqual(self.fetch(server, "/x", "POST", [json_], big).status, 413)
+
+    def test_json_to_a_command_with_input_is_its_input(self) -> None:
+        server = self.serve({"x": Command("cat", stdin=True)})
+        answer = self.fetch(server, "/x", "POST", ["Content-Type: application/json"], b'{"a": [1]}')
+        self.assertEqual((answer.status, answer.body), (200, b'{"a": [1]}'))
+
     def test_a_multipart_form_is_refused(self) -> None:
         server = self.serve({"x": taking("wc -c")})
         answer = self.fetch(server, "/x", "POST", ["Content-Type: multipart/form-data; boundary=x"], b"--x")

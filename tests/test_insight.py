@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import gc
 import json
@@ -358,6 +359,48 @@ class Stacks(InsightCase):
         self.assertRegex(
             body, r"\nthe one that hangs \(daemon\), thread \d+\n(?s:.*)in hang_here\n    gate\.wait\(10\)\n"
         )
+
+    def test_every_asyncio_task_is_shown_with_where_it_waits(self) -> None:
+        async def inner(event: asyncio.Event) -> None:
+            await event.wait()
+
+        async def outer(event: asyncio.Event) -> None:
+            await inner(event)
+
+        async def program(ready: threading.Event, done: threading.Event) -> None:
+            event = asyncio.Event()
+            tasks = [asyncio.create_task(outer(event)) for _ in range(2)]
+            for task in tasks:
+                task.set_name("the one that waits")
+            await asyncio.sleep(0)
+            ready.set()
+            while not done.is_set():
+                await asyncio.sleep(0.01)
+            event.set()
+            await asyncio.gather(*tasks)
+
+        async def busy(ready: threading.Event, done: threading.Event) -> None:
+            ready.set()
+            done.wait(10)
+
+        server, done = self.start({}), threading.Event()
+        threads = []
+        for main in (program, busy):
+            ready = threading.Event()
+            threads.append(threading.Thread(target=lambda main=main, ready=ready: asyncio.run(main(ready, done))))
+            threads[-1].start()
+            self.assertTrue(ready.wait(5))
+        body = self.fetch(server, "/stacks").body.decode()
+        done.set()
+        for thread in threads:
+            thread.join()
+        shown = body.split("\n\n")
+        waiting = [one for one in shown if one.startswith("the one that waits, asyncio task, waits\n")]
+        self.assertEqual(len(waiting), 2, body)
+        for one in waiting:
+            self.assertRegex(one, r"(?s)in outer\n    await inner\(event\)\n.*in inner\n    await event\.wait\(\)\n")
+        self.assertTrue(any(re.match(r"Task-\d+, asyncio task, runs\n(?s:.*)done\.wait\(10\)", one) for one in shown))
+        self.assertNotRegex(self.fetch(server, "/stacks").body, b"(?m)^.*, asyncio task, (waits|runs)$", "all are over")
 
     def test_values_of_tasks_do_not_show(self) -> None:
         gate, begun = threading.Event(), threading.Semaphore(0)

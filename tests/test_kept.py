@@ -198,8 +198,8 @@ class KeptCase(ServerCase):
         """Start a run that is kept; its path."""
         answer = self.fetch(server, f"{path}{'&' if '?' in path else '?'}async=1")
         self.assertEqual(answer.status, 202, answer.body)
-        self.assertEqual(answer.body.decode(), f"http://localhost{answer.headers['location']}\n")
-        return answer.headers["location"]
+        self.assertEqual(answer.body.decode(), f"http://localhost/{answer.headers['location']}\n")
+        return f"/{answer.headers['location']}"
 
     def state(self, server: streamlog.Server, path: str) -> dict[str, Any]:
         return dict(json.loads(self.fetch(server, path, headers=[JSON]).body))
@@ -215,7 +215,7 @@ class Kept(KeptCase):
         os.mkfifo(gate)
         server = self.serve({"x": f"!echo one; read line < {gate}; echo two; exit 3"})
         answer = self.fetch(server, "/x", headers=["Prefer: respond-async, wait=10"])
-        path = answer.headers["location"]
+        path = "/" + answer.headers["location"]
         self.assertRegex(path, r"^/-/runs/[A-Za-z0-9_-]{22}$")
         with self.connect(server) as client:
             client.get(path)
@@ -237,8 +237,8 @@ class Kept(KeptCase):
         form = ["Content-Type: application/x-www-form-urlencoded", HTML]
         answer = self.fetch(server, "/x", "POST", form, b"x=a&async=1&format=html")
         self.assertEqual(answer.status, 303)
-        self.assertRegex(answer.headers["location"], r"^\./-/runs/[^?]+\?format=html$")
-        self.assertIn(b"<samp>a\n</samp>", self.fetch(server, answer.headers["location"][1:]).body)
+        self.assertRegex(answer.headers["location"], r"^-/runs/[^?]+\?format=html$")
+        self.assertIn(b"<samp>a\n</samp>", self.fetch(server, "/" + answer.headers["location"]).body)
 
     def test_runs_are_listed_for_each_reader(self) -> None:
         server = self.serve({"x": "echo {x}", "y": "sleep 60"})
@@ -255,6 +255,47 @@ class Kept(KeptCase):
         page = self.fetch(server, "/-/runs", headers=[HTML]).body.decode()
         self.assertIn(f'<a href="runs/{one[8:]}?format=html">x x=b</a>', page)
         self.assertEqual(re.findall('aria-label="(.*?)"', page), ["Stop y", "Drop x x=b"])
+
+    def test_input_is_kept_with_the_run_and_the_answer_comes_at_once(self) -> None:
+        gate = self.folder / "gate"
+        os.mkfifo(gate)
+        commands = {
+            "x": Command(f"!read go < {gate}; wc -c; echo {{n=0}}", stdin=True),
+            "cat": Command("cat", stdin=True),
+        }
+        server = self.serve(commands, input_bytes=300_000)
+        for body in (b"x" * 300_000, b"", b"a"):
+            with self.subTest(size=len(body)):
+                answer = self.fetch(server, "/x?async=1&n=7", "POST", [], body)
+                self.assertEqual(answer.status, 202)
+                path = "/" + answer.headers["location"]
+                self.assertEqual(self.state(server, path)["state"], "running")
+                gate.write_text("\n")
+                self.assertEqual(self.ended(server, path)["exit_code"], 0)
+                self.assertEqual(self.fetch(server, path).body.split(), [b"%d" % len(body), b"7"])
+        webhook = ["Content-Type: application/json"]
+        answer = self.fetch(server, "/cat?async=1", "POST", webhook, b'{"ref": {"a": 1}}')
+        path = "/" + answer.headers["location"]
+        self.ended(server, path)
+        self.assertEqual(self.fetch(server, path).body, b'{"ref": {"a": 1}}')
+        with self.connect(server) as client:  # in chunks, so that its length is not known before
+            client.send(b"PUT /cat?async=1 HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for _ in range(2):
+                client.send(b"1f4\r\n" + b"y" * 500 + b"\r\n")
+            client.send(b"0\r\n\r\n")
+            path = "/" + client.read_answer().headers["location"]
+        self.ended(server, path)
+        self.assertEqual(self.fetch(server, path).body, b"y" * 1000)
+        self.assertEqual(self.fetch(server, "/cat?async=1", "PUT", [], b"x" * 300_001).status, 413)
+        self.assertEqual(json.loads(self.fetch(server, "/-/runs", headers=[JSON]).body)["runs"][0]["command"], "cat")
+
+    def test_a_kept_run_that_does_not_read_its_input_ends_as_any_other(self) -> None:
+        server = self.serve({"x": Command("true", stdin=True), "y": Command("sleep 60", stdin=True)})
+        answer = self.fetch(server, "/x?async=1", "PUT", [], b"x" * 1_000_000)
+        self.assertEqual(self.ended(server, "/" + answer.headers["location"])["exit_code"], 0)
+        path = "/" + self.fetch(server, "/y?async=1", "PUT", [], b"x" * 1_000_000).headers["location"]
+        self.fetch(server, path, "DELETE")
+        self.assertEqual(self.ended(server, path)["reason"], "on request")
 
     def test_a_live_run_is_listed_too_and_stopped_by_its_address(self) -> None:
         note = self.folder / "pid"
@@ -491,7 +532,7 @@ class Kept(KeptCase):
     def test_another_site_and_one_without_the_token_stop_nothing(self) -> None:
         server = self.serve({"x": "sleep 60"}, token="secret")
         bearer = "Authorization: Bearer secret"
-        path = self.fetch(server, "/x?async=1", headers=[bearer]).headers["location"]
+        path = "/" + self.fetch(server, "/x?async=1", headers=[bearer]).headers["location"]
         self.assertEqual(self.fetch(server, path, "DELETE").status, 401)
         self.assertEqual(self.fetch(server, path, "POST", [bearer, "Origin: http://evil.example"]).status, 403)
         self.assertEqual(json.loads(self.fetch(server, path, headers=[bearer, JSON]).body)["state"], "running")
@@ -652,7 +693,7 @@ class Waiting(KeptCase):
 
     def test_what_cannot_wait_or_be_kept_is_told(self) -> None:
         server = self.serve({"x": Command("cat", stdin=True), "y": "true"})
-        told = b"not available here, or for a command with input"
+        told = b"'wait' is not available for a command with input"
         self.assertIn(told, self.fetch(server, "/x?wait", "PUT", [], b"a").body)
         self.assertIn(b"parameter 'tail' is not available: 'y' is not shared", self.fetch(server, "/y?tail=1").body)
         self.assertIn(b"must be 0 or 1", self.fetch(server, "/y?wait=2").body)
@@ -747,7 +788,7 @@ class Shared(KeptCase):
         self.assertEqual((bodies, count.read_text()), ([b"done\n"] * 20, "run\n"))
 
     def test_it_takes_no_input(self) -> None:
-        with self.assertRaisesRegex(ConfigError, "cannot be both shared and stdin"):
+        with self.assertRaisesRegex(ConfigError, "can have neither stdin nor headers"):
             Command("cat", shared=True, stdin=True)
 
     def test_standard_input_is_served_to_any_number(self) -> None:
@@ -878,7 +919,7 @@ class Faults(KeptCase):
     def test_a_server_that_is_ended_stops_its_kept_runs_and_the_next_one_does_not_know_them(self) -> None:
         note = self.folder / "pid"
         with Program("-p", "0", f"x=!echo $$ > {note}; exec sleep 300") as program:
-            location = program.fetch("/x?async=1").headers["location"]
+            location = "/" + program.fetch("/x?async=1").headers["location"]
             wait_until(lambda: note.exists() and note.read_text(), "it runs")
             (pid,) = pids_in(note.read_bytes())
             program.process.send_signal(signal.SIGTERM)
@@ -921,7 +962,7 @@ class Faults(KeptCase):
         os.mkfifo(gate)
         line = f"x=!read line < {gate}; head -c 600000 /dev/zero; sleep 0.2; echo; echo end"
         with Program("-p", "0", line, preexec_fn=limit) as program, program.connect() as client:
-            path = program.fetch("/x?async=1").headers["location"]
+            path = "/" + program.fetch("/x?async=1").headers["location"]
             client.get(path)
             client.read_head()
             gate.write_text("\n")

@@ -77,7 +77,7 @@ class Mistakes(unittest.TestCase):
             binary = Path(folder, "binary.ini")
             binary.write_bytes(b"\xff\xfe")
             for arguments, told in (
-                (["--nonsense"], "unrecognized arguments: --nonsense"),
+                (["--nonsense"], "there is no option --nonsense: see --help"),
                 (["--port"], "expected one argument"),
                 (["-p", "abc"], "must be a number from 0 to 65535: 'abc'"),
                 (["-p", "65536"], "must be a number from 0 to 65535: '65536'"),
@@ -104,6 +104,66 @@ class Mistakes(unittest.TestCase):
                     self.assertEqual((code, out, err.count("\n")), (2, "", 1))
                     self.assertTrue(err.startswith("streamlog: "))
                     self.assertIn(told, err)
+
+    def test_a_command_line_that_is_not_quoted_is_shown_quoted(self) -> None:
+        for arguments, line in (
+            (["df", "-h"], "'df -h'"),
+            (["tail", "-f", "x y"], "'tail -f x y'"),
+            (["disk=df", "-h"], "'disk=df -h'"),
+            (["-p", "9000", "ls", "--all"], "'ls --all'"),
+            (["uptime", "--help"], "'uptime --help'"),
+        ):
+            with self.subTest(arguments=arguments):
+                code, out, err = call(*arguments)
+                self.assertEqual((code, out, err.count("\n")), (2, "", 1))
+                self.assertIn("quote the command line, so that it is one argument: ", err)
+                self.assertTrue(err.endswith(f"{line}\n"), err)
+
+    def test_other_mistyped_starts_are_asked_about(self) -> None:
+        with tempfile.NamedTemporaryFile("w", suffix=".ini") as file:
+            self.assertIn(f"is not executable: did you mean -c {file.name}?", call(file.name)[2])
+        self.assertIn("did you mean --bind?", call("--host", "0.0.0.0")[2])
+        self.assertIn("did you mean --bind?", call("df", "--host=0.0.0.0")[2])
+        self.assertIn("there is no option --prot: see --help", call("--prot", "80")[2])
+        self.assertIn("there is no option --prot: see --help", call("disk=df -h", "--prot", "80")[2])
+        for words in (["disk=df -h", "-h"], ["-vh"], ["-hq", "--check"]):
+            self.assertIn("usage: streamlog", call(*words)[1])
+        with mock.patch.dict(os.environ, {"STREAMLOG_PORT": "tcp://10.0.0.1:80"}):
+            self.assertEqual(call("--help")[0], 0)
+            self.assertEqual(call("-p", "1", "--check", "x=true")[0], 0)
+
+    def test_each_option_has_a_variable_and_the_option_wins(self) -> None:
+        def options(*arguments: str, **variables: str) -> streamlog._Flags:
+            with mock.patch.dict(os.environ, variables):
+                return streamlog._parse_arguments(arguments)
+
+        given = options(
+            STREAMLOG_PORT="9000",
+            STREAMLOG_BIND="::1",
+            STREAMLOG_MAX_OUTPUT="10K",
+            STREAMLOG_NO_AUTH="yes",
+            STREAMLOG_QUIET="0",
+            STREAMLOG_ALLOW_HOST="a.example b.example",
+            STREAMLOG_CONFIG="one.ini",
+            STREAMLOG_TERMINAL="132x40",
+            STREAMLOG_TIMEOUT="",
+        )
+        self.assertEqual((given.port, given.bind, given.max_output_bytes), (9000, "::1", 10240))
+        self.assertEqual((given.no_auth, given.quiet, given.allow_hosts), (True, False, ["a.example", "b.example"]))
+        self.assertEqual((given.config, given.terminal_size, given.timeout_seconds), (["one.ini"], (132, 40), None))
+        self.assertEqual(options("-p", "1", STREAMLOG_PORT="9000").port, 1)
+        self.assertEqual(options("-c", "two.ini", STREAMLOG_CONFIG="one.ini").config, ["two.ini"])
+        for field in dataclasses.fields(streamlog._Flags):
+            for name in re.findall("--([a-z-]+)", field.metadata.get("flag", "")):
+                variable = f"STREAMLOG_{name.replace('-', '_').upper()}"
+                if field.metadata["rule"] is not streamlog._TEXT and field.metadata["rule"] not in (
+                    streamlog._FILE,
+                    streamlog._FOLDER,
+                ):
+                    with self.subTest(variable=variable), self.assertRaisesRegex(streamlog.ConfigError, variable):
+                        options(**{variable: "not!right"})
+        with mock.patch.dict(os.environ, {"STREAMLOG_PORT": "0"}), Program("x=echo [$STREAMLOG_PORT]") as program:
+            self.assertEqual(program.fetch("/x").body, b"[$STREAMLOG_PORT]\n")
 
     def test_the_process_itself_exits_with_2(self) -> None:
         done = run_program("-p", "x")

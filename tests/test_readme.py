@@ -41,6 +41,19 @@ class Readme(unittest.TestCase):
         self.assertEqual(done.returncode, 0)
         self.assertIn("POST /restart", done.stdout)
 
+    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
+    def test_the_line_that_puts_the_exit_code_into_a_variable_works(self) -> None:
+        (line,) = [line for line in README.splitlines() if line.strip().startswith("code=$(curl")]
+        with Program("-p", "0", "disk=!echo out; exit 3") as program, tempfile.TemporaryDirectory() as folder:
+            script = f"{line.strip().replace('8000', str(program.port))}; echo $code"
+            done = subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, cwd=folder)
+            self.assertEqual(done.stdout, b"3\n")
+            self.assertEqual((Path(folder) / "out").read_bytes(), b"out\n")
+            url = f"localhost:{program.port}/disk?wait"
+            for path in (url, f"localhost:{program.port}/{program.fetch('/disk?async=1').headers['location']}?wait"):
+                done = subprocess.run(["curl", "-sS", "--fail-with-body", path], capture_output=True)
+                self.assertEqual((done.returncode, done.stdout), (22, b"out\n"))
+
     def test_the_thirty_second_start_gives_what_it_shows(self) -> None:
         line, listening, *ready = blocks("console")[0].splitlines()
         words = shlex.split(line)

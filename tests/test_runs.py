@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import select
 import signal
@@ -62,6 +63,39 @@ class RunCase(ServerCase):
             for descriptor in run.wait({}).keys() & run.outputs.keys():
                 data += run.read(descriptor)
         return data
+
+
+class Stopping(RunCase):
+    def test_the_signal_that_a_command_is_stopped_by_can_be_chosen(self) -> None:
+        script = "!trap 'echo done; exit 3' {0}; trap 'echo wrong' TERM; echo ready; while :; do sleep 0.05; done"
+        for name in ("INT", "HUP", "USR1"):
+            with self.subTest(name=name):
+                server = self.serve({"x": Command(script.format(name), stop=name)})
+                with self.connect(server) as client:
+                    client.get("/x?format=ndjson")
+                    client.read_until(b"ready")
+                    (run,) = json.loads(self.fetch(server, "/-/runs", headers=["Accept: application/json"]).body)[
+                        "runs"
+                    ]
+                    self.fetch(server, f"/-/runs/{run['id']}", "DELETE")
+                    self.assertIn(b'"done', client.read_until(b'"exit_code": 3'))
+                    self.assertNotIn(b"wrong", client.buffer)
+
+    def test_what_a_shell_left_in_the_background_is_asked_by_a_signal_that_it_does_not_ignore(self) -> None:
+        server = self.serve({"x": Command("!sleep 60 & echo $!", stop="INT")})
+        started = time.monotonic()
+        answer = self.fetch(server, "/x")
+        self.assertLess(time.monotonic() - started, 4, "it has not waited for SIGKILL")
+        self.assertFalse(is_alive(int(answer.body)))
+
+    def test_one_that_ignores_its_signal_is_killed_after_the_grace_time(self) -> None:
+        command = Command("!trap '' INT; echo $$; while :; do sleep 0.05; done", stop="INT")
+        server = self.serve({"x": command}, grace_seconds=0.3)
+        with self.connect(server) as client:
+            client.get("/x")
+            client.read_head()
+            pid = int(client.read_chunk() or b"")
+        wait_until(lambda: not is_alive(pid), "it is killed", 3)
 
 
 class Endings(RunCase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import hashlib
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 import unittest
+import urllib.request
 from typing import Any
 from unittest import mock
 
@@ -327,7 +329,7 @@ class Forms(ServerCase):
             ([self.FORM], "/p", b"a=\xff", 400),
             ([self.FORM], "/p", b"a=1&c=2", 400),
             (["Content-Type: multipart/form-data; boundary=x"], "/p", b"a=1", 415),
-            (["Content-Type: application/json"], "/p", b"{}", 415),
+            (["Content-Type: application/xml"], "/p", b"{}", 415),
             ([], "/p", b"a=1", 415),
             ([self.FORM], "/p", b"a=" + b"1" * 70_000, 413),
             ([self.FORM, "Expect: 200-ok"], "/p", b"a=1", 417),
@@ -418,6 +420,72 @@ class Forms(ServerCase):
             self.assertEqual(client.read_answer().status, 431)
 
 
+class Variables(ServerCase):
+    def test_headers_that_are_named_become_variables_and_no_others(self) -> None:
+        script = self.folder / "script.py"
+        script.write_text(
+            "import os\nprint({k: v for k, v in os.environb.items() if k.startswith((b'HTTP_', b'REMOTE_'))}, end='')"
+        )
+        command = Command([sys.executable, script], headers=["X-GitHub-Event", "User-Agent", "X-None"])
+        server = self.serve({"x": command, "y": Command([sys.executable, script])})
+        sent = [
+            "X-GitHub-Event: push",
+            "User-Agent: caf\xc3\xa9; $(id)",
+            "Proxy: http://evil",
+            "Cookie: a=b",
+            "X-Other: 1",
+        ]
+        with self.connect(server) as client:
+            client.send("\r\n".join(["GET /x HTTP/1.1", "Host: localhost", *sent, "", ""]).encode("latin-1"))
+            got = ast.literal_eval(client.read_answer().body.decode())
+        self.assertEqual(
+            got,
+            {
+                b"HTTP_X_GITHUB_EVENT": b"push",
+                b"HTTP_USER_AGENT": "café; $(id)".encode(),
+                b"HTTP_X_NONE": b"",
+                b"REMOTE_ADDR": b"127.0.0.1",
+                b"REMOTE_USER": b"",
+            },
+        )
+        got = ast.literal_eval(self.fetch(server, "/y", headers=["User-Agent: x"]).body.decode())
+        self.assertEqual(got, {b"REMOTE_ADDR": b"127.0.0.1", b"REMOTE_USER": b""})
+
+    def test_credentials_cannot_be_named(self) -> None:
+        for name in (
+            "Proxy",
+            "authorization",
+            "Cookie",
+            "Proxy-Authorization",
+            "Set-Cookie",
+            "Cookie2",
+            "a b",
+            "A_B",
+            "",
+            "é",
+        ):
+            with self.subTest(name=name), self.assertRaisesRegex(streamlog.ConfigError, "headers must be names"):
+                Command("true", headers=["User-Agent", name])
+        for wrong in ("User-Agent", 3, [b"User-Agent"]):
+            with self.subTest(wrong=wrong), self.assertRaisesRegex(streamlog.ConfigError, "headers must be names"):
+                Command("true", headers=wrong)  # type: ignore[arg-type]
+
+    def test_an_ipv6_client_and_one_of_a_unix_socket_are_told_as_what_they_are(self) -> None:
+        command = {"x": "!echo $REMOTE_ADDR"}
+        try:
+            server = self.serve(command, bind="::1")
+        except OSError:  # a machine without IPv6
+            pass
+        else:
+            with urllib.request.urlopen(f"http://[::1]:{server.port}/x") as answer:
+                self.assertEqual(answer.read(), b"::1\n")
+        path = str(self.folder / "sock")
+        self.serve(command, bind=f"unix:{path}")
+        with Raw(path) as client:
+            client.get("/x")
+            self.assertEqual(client.read_answer().body, b"unix\n")
+
+
 class Index(ServerCase):
     def setUp(self) -> None:
         super().setUp()
@@ -488,6 +556,36 @@ class Index(ServerCase):
             answer = self.fetch(self.server, path)
             self.assertEqual((answer.status, answer.headers["allow"]), (405, "OPTIONS, POST"))
             self.assertEqual(answer.body.decode(), f"{path} takes OPTIONS, POST, not GET; try: {line}\n")
+
+    def test_addresses_begin_with_the_url_that_is_given(self) -> None:
+        server = self.serve({"x": "echo {y=1}", "p": Command("true", method="POST")}, url="https://box.example/ops/")
+        self.assertIn(b"curl -N 'https://box.example/ops/x?y=1'\n", self.fetch(server, "/").body)
+        self.assertIn(b"https://box.example/ops/x?y=1", self.fetch(server, "/", headers=[BROWSER]).body)
+        self.assertIn(b"-X POST https://box.example/ops/p\n", self.fetch(server, "/p").body)
+        answer = self.fetch(server, "/x?async=1")
+        self.assertRegex(answer.body, rb"^https://box\.example/ops/-/runs/[^/]+\n$")
+        self.assertEqual(answer.headers["location"], answer.body.decode().strip())
+        page = self.fetch(server, "/x?async=1", headers=["Accept: text/html"])
+        self.assertRegex(page.headers["location"], r"^-/runs/", "a browser stays where it is")
+        for bad in ("box.example", "ftp://box.example", "https://a b"):
+            with self.assertRaisesRegex(streamlog.ConfigError, "url must be a URL"):
+                streamlog.Settings(url=bad)
+
+    def test_a_location_is_relative_so_that_a_prefix_does_no_harm(self) -> None:
+        server = self.serve({"x": "true"})
+        for headers in ([], ["Accept: application/json"], ["Accept: text/html"]):
+            self.assertRegex(self.fetch(server, "/x?async=1", headers=headers).headers["location"], r"^-/runs/[^/]+$")
+
+    def test_the_address_that_a_proxy_tells_is_logged_and_trusted_for_nothing(self) -> None:
+        server = self.serve({"x": "!echo $REMOTE_ADDR"})
+        with self.log_of() as logged:
+            headers = ['X-Forwarded-For: 192.0.2.7, "evil\xe9', "X-Forwarded-For: 10.0.0.1"]
+            self.assertEqual(self.fetch(server, "/x", headers=headers).body, b"127.0.0.1\n")
+            self.fetch(server, "/x")
+            wait_until(lambda: len(logged.output) == 2, "both are logged")
+        told = r'client=127\.0\.0\.1:\d+ forwarded="192\.0\.2\.7, \\x22evil\\xc3\\xa9, 10\.0\.0\.1" request="GET /x'
+        self.assertRegex(logged.output[0], told)
+        self.assertNotIn("forwarded", logged.output[1])
 
     def test_the_lines_that_are_printed_can_be_run(self) -> None:
         if not shutil.which("curl"):
