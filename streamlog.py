@@ -4989,7 +4989,7 @@ def _read_environ(environ: Mapping[str, Any]) -> Request:
     if request.is_chunked and not environ.get("wsgi.input_terminated"):
         raise Error("the server in front does not pass a chunked body on: send it with a Content-Length", 411)
     request.scheme, request.prefix = environ["wsgi.url_scheme"], prefix
-    request.client = ":".join(environ[key] for key in ("REMOTE_ADDR", "REMOTE_PORT") if environ.get(key))
+    request.client = ":".join(str(environ[key]) for key in ("REMOTE_ADDR", "REMOTE_PORT") if environ.get(key))
     return request
 
 

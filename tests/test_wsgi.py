@@ -188,6 +188,26 @@ class Wsgi(WsgiCase):
         self.assertEqual(self.call(SCRIPT_NAME="/ops", PATH_INFO="/x")[2], b"x\n")
         self.assertEqual(self.call(PATH_INFO="")[0], "200 OK")
 
+    def test_a_command_is_told_its_client_and_takes_forms_and_json(self) -> None:
+        told = streamlog.Command("!echo $REMOTE_ADDR $REMOTE_USER $HTTP_X_A {x=0}", method="POST", headers=["X-A"])
+        port = self.mount({"x": told, "in": streamlog.Command("cat", stdin=True)}, token="secret", read_token="look")
+        json_ = ["Authorization: Bearer secret", "Content-Type: application/json", "X-A: b"]
+        self.assertEqual(self.ask(port, "/x", "POST", json_, b'{"x": 1}').body, b"127.0.0.1 token b 1\n")
+        self.assertEqual(self.ask(port, "/x", "POST", ["Authorization: Bearer look"], b"x=1").status, 403)
+        form = ["Authorization: Bearer secret", "Content-Type: application/x-www-form-urlencoded"]
+        self.assertEqual(self.ask(port, "/in?-=form", "POST", form, b"-=a%0D%0Ab").body, b"a\nb")
+        self.app = streamlog.wsgi({"x": "!echo [$REMOTE_ADDR]"})
+        self.addCleanup(self.app.close)
+        for environ, address in (
+            ({"REMOTE_ADDR": "192.0.2.1", "REMOTE_PORT": 80}, b"[192.0.2.1]\n"),  # as werkzeug has it
+            ({"REMOTE_ADDR": "192.0.2.1", "REMOTE_PORT": "80"}, b"[192.0.2.1]\n"),
+            ({"REMOTE_ADDR": "192.0.2.1"}, b"[192.0.2.1]\n"),
+            ({"REMOTE_ADDR": ""}, b"[]\n"),  # as gunicorn has it on a unix socket
+            ({}, b"[]\n"),
+        ):
+            with self.subTest(environ=environ):
+                self.assertEqual(self.call(PATH_INFO="/x", **environ)[2], address)
+
     def test_a_task_refuses_here_too(self) -> None:
         def task() -> None:
             time.sleep(0.1)
