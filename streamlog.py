@@ -1503,7 +1503,8 @@ class Site:
             fields = _parse_form(request)
             if command.stdin:
                 request.input = [dict(fields).get("-", "").replace("\r\n", "\n").encode()]
-            values, request.options = sort(request.fields + [field for field in fields if field[0] != "-"])
+                fields = [field for field in fields if field[0] != "-"]
+            values, request.options = sort(request.fields + fields)
         elif takes_input and request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Error("the body is passed to the command as it is: send it as curl -T or --data-binary does", 415)
         entry = _Entry(name, command, values, request.client)

@@ -328,6 +328,7 @@ class Forms(ServerCase):
             ([self.FORM], "/p?a=1", b"a=2", 400),
             ([self.FORM], "/p", b"a=\xff", 400),
             ([self.FORM], "/p", b"a=1&c=2", 400),
+            ([self.FORM], "/p", b"a=1&-=2", 400),
             (["Content-Type: multipart/form-data; boundary=x"], "/p", b"a=1", 415),
             (["Content-Type: application/xml"], "/p", b"{}", 415),
             ([], "/p", b"a=1", 415),
