@@ -3260,7 +3260,12 @@ def _watchdog(run: Run) -> Iterator[_Events]:
     with ExitStack() as stack:
         watched = {}
         if isinstance(run, Process):
-            argv = ["/bin/sh", "-c", _WATCHDOG, *map(str, (run.pid, run._settings.grace_seconds, run._stop_signal))]
+            argv = [
+                "/bin/sh",
+                "-c",
+                _WATCHDOG,
+                *map(str, (run.pid, run._settings.grace_seconds, int(run._stop_signal))),
+            ]
             none, env = subprocess.DEVNULL, {"PATH": os.defpath}
             try:
                 dog = subprocess.Popen(  # unbuffered, or in a fork closing its input could wait for a lock for ever
