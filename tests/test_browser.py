@@ -321,7 +321,7 @@ class IndexPage(BrowserCase):
             self.browser.click("header button")
             self.browser.frame()
             wait_until(lambda: not is_alive(pid), "the command is ended", 1)
-        self.assertEqual(sum("status=204" in line for line in logged.output), 1, "the form's answer shows nothing")
+            wait_until(lambda: any(" status=204 " in line for line in logged.output), "the form's answer shows nothing")
         self.in_frame(f"/^\\[stopped, [0-9.]+ s\\]$/.test({LINES}[1])", "the last line")
         self.in_frame("/^stopped, [0-9.]+ s$/.test(document.querySelector('output').innerText)", "the state")
         self.in_frame(f"{LINES}[0] == 'got 7 b' && !document.querySelector('header form').offsetHeight", "the output")
