@@ -52,14 +52,15 @@ commands file:
 what a client sees:
   The output is the body, byte for byte, as it comes. A client that sends "TE: trailers" gets
   the exit code in the trailer Exit-Code. A run that the server ends is cut without the final
-  chunk (curl exits with 18). When the client leaves, the command's process group gets SIGTERM,
-  then SIGKILL. To a command that takes input, curl -T FILE URL or --data-binary @FILE sends it,
-  and curl -sN -T . URL is a live session: what you type is its input, its output comes back.
-  ?format=html is a page, sse are events, ndjson is an object a line (or by Accept). In text and
-  html ?timestamps=1 puts the time before each line, ?hostname=1 this machine's name (in ndjson
-  too). ?heartbeat=SEC reports after that long a silence that the run goes on. ?footer=1 adds a
-  last line with exit code and duration, as a browser gets; ?footer=0 omits it. In a browser, /
-  has a row for each command, and /-/runs lists what is running, and can stop it.
+  chunk (curl exits with 18; a page is not cut). When the client leaves, the command's process
+  group gets SIGTERM, then SIGKILL. To a command that takes input, curl -T FILE URL or
+  --data-binary @FILE sends it, and curl -sN -T . URL is a live session: what you type is its
+  input, its output comes back. ?format=html is a page, sse are events, ndjson is an object a
+  line (or by Accept). In text and html ?timestamps=1 puts the time before each line,
+  ?hostname=1 this machine's name (in ndjson too). ?heartbeat=SEC reports after that long a
+  silence that the run goes on. ?footer=1 adds a last line with exit code and duration, as a
+  browser gets; ?footer=0 omits it. In a browser, / has a row for each command, and /-/runs
+  lists what is running, and can stop it.
 
 runs that outlive a connection:
   ?async=1 starts a run and answers with its address, /-/runs/ID: GET replays and follows it
@@ -1575,7 +1576,7 @@ class Site:
             entry.leave()
 
     def _answer_kept(self, request: Request) -> Reply:
-        """Show a kept run, or stop it."""
+        """Show a kept run, tell the state of another, or stop it; what is kept of one that has ended is dropped."""
         entry = self.runs.find(request.path[len("/-/runs/") :])
         known = _STOP_OPTIONS if request.method in ("DELETE", "POST") else _REPLAY_OPTIONS
         _, request.options = _sort_fields("/-/runs", {}, request.fields, known)
