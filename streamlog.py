@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
 """streamlog: run a command per URL and stream its output live, to curl and to a plain browser tab.
 
 in a program:
@@ -17,12 +18,13 @@ in a program:
 usage: streamlog [OPTION]... [[METHOD:]NAME=COMMAND LINE | COMMAND LINE]...
 
   python streamlog.py                             diagnostics of this machine
-  python streamlog.py 'disk=df -h' 'logs=tail -n {lines:int=100} -F /var/log/syslog'
-  curl -N 'localhost:8000/logs?lines=20'          live; Ctrl-C ends the remote tail too
+  python streamlog.py 'disk=df -h' 'hosts=tail -n {lines:int=5} -F /etc/hosts'
+  curl -N 'localhost:8000/hosts?lines=2'          live; Ctrl-C ends the remote tail too
 
 options:
 OPTIONS
-  -h, --help           print this text and exit
+  -h                   print the usage and the options
+      --help           print this text
       --version        print the version and exit
   Each option can also be set by the environment, --max-runs by STREAMLOG_MAX_RUNS (several
   values with spaces between). Options win.
@@ -1655,7 +1657,8 @@ class Site:
                 is_report=command.is_report,
                 columns=(command.terminal or self._settings.terminal_size)[0],
             )
-            headers["Content-Type"] = _FORMATS[options.format][1]
+            if options.format != "text":  # whose type may have parameters of its own
+                headers["Content-Type"] = _FORMATS[options.format][1]
         elif given.get("format", "text") != "text":
             raise Error(f"parameter 'format' is not available: the output is {command.type}, and sent as it is")
         if options.format == "html":
@@ -4676,6 +4679,18 @@ def start(  # noqa: PLR0913
 
     commands: by name; each a command line, a list of arguments, a callable (a task) or a Command. settings: the other
     fields of Settings. Raises ConfigError for a mistake in either, and OSError for an address that cannot be had.
+
+    A task's parameters are those of its signature: str, int, float, bool (yes or no), Path, a Literal or an Enum, an
+    Optional (empty is None) or a list of one (given more than once); without a hint, the type of the default counts.
+    What it yields or returns goes to the client: str and bytes as they are, None not at all, anything else as a line of
+    JSON. So do its log records, of its own thread and of the context that it started, and what it prints to `output()`.
+    An `Error` before any output is the answer, and later a last line. `SystemExit(3)` ends it with that exit code;
+    another exception ends it with 1 and its traceback, which the logger `streamlog.task` gets too. When its client
+    leaves, a generator is closed where it yields, and a function asks `stopping()`. A thread cannot be ended by force:
+    a task that does not look up keeps its slot until it does.
+
+    Signals, the configuration of logging, the environment and stdout are left alone. With hundreds of clients at a
+    time, `sys.setswitchinterval(0.05)` saves processor time. A process that is forked off lets go of the sockets.
     """
     settings.update(port=port, bind=bind, token=token, timeout_seconds=timeout_seconds, max_runs=max_runs, log=log)
     return _make_server(commands, settings).start()
@@ -4707,6 +4722,11 @@ def stream(command: _Given, /, **values: object) -> Stream:
     command: as for `start`. values: of its parameters; those of a task are passed as they are, others are checked as
     values from a URL are. Raises Error for a value that is refused or a program that cannot be started, and ConfigError
     for a mistake in the command.
+
+    Close the stream if you stop reading early; in a coroutine, await `aclose`. Cancelling a reader stops its run, and
+    nothing waits for that. Streams that are open when the program ends are closed before Python waits for its thread
+    pools. A command can be given input with `write` and `close_stdin`; what reads to the end of its input waits for the
+    latter. Django collects an iterator that is not purely asynchronous: pass it `aiter(stream)`.
     """
     made = command if isinstance(command, Command) else None
     task: Any = made.command if made else command
@@ -4913,8 +4933,15 @@ _ELSEWHERE = re.compile("bind|port|no_auth|tls_(cert|key)|(stall|head|idle|keepa
 def wsgi(commands: _AllGiven, **settings: Any) -> _Application:
     """The site as a WSGI application, for a server such as gunicorn, or under a prefix of another application.
 
-    commands and settings: as for `start`, except for those of a socket. Without a `token` or `allow_hosts` it answers
-    only to hosts of this machine. Raises ConfigError.
+    commands and settings: as for `start`, except for those of a socket. Raises ConfigError.
+
+    Each stream takes a worker or a thread of the server for as long as it lasts. A WSGI server notices that a client
+    has left only when it writes: a silent run ends with the next sign of life. html, sse and ndjson have one every 15
+    s, text only with `heartbeat_seconds=30` or `?heartbeat=30`. There are no background runs, no shared ones and no
+    list of runs, because the server may have several processes; each has its own log, slots and metrics. There are no
+    trailers: `?footer=1`, sse and ndjson tell the exit code. A run that is cut ends its answer in an error. Without a
+    `token` or `allow_hosts` the application answers only to hosts of this machine, as it cannot see where its server
+    listens.
     """
     for name in filter(_ELSEWHERE.fullmatch, settings):
         raise ConfigError(f"the setting {name!r} belongs to the server that runs the application: set it there")
@@ -5111,7 +5138,7 @@ def _check_words(program: str, argv: Sequence[str], bare: Sequence[str], unknown
         line = shlex.quote(" ".join(argv[argv.index(bare[0]) :]))
         raise ConfigError(f"quote the command line, so that it is one argument: {program} {line}")
     if unknown and _HELP.match(unknown[0]):
-        _print(_manual())
+        _print(_manual() if "--help" in unknown else _manual().partition("\n\ncommands:")[0])
         sys.exit()
     if unknown:
         raise ConfigError(f"there is no option {unknown[0]}: see --help")

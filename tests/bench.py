@@ -12,6 +12,12 @@ to `direct`, a server that does no more than give a command the socket for its s
 start to http.server). The peers take turns in each round, so that a machine whose speed drifts is the same for all.
 Flask and gunicorn run a generator over lines, as their recipes do.
 
+A script starts more slowly than `python -m streamlog`, or than the command that pip installs: Python keeps what it has
+compiled of a module, and never of a script. http.server, nginx, lighttpd, busybox and websocketd run CGI scripts, so a
+shell each time. http.server's queue of five connections overflows in `short`; it hands the command the socket, as
+`direct` does. What varies: in other runs of the same day streamlog had 0.76 to 0.99 of direct's rate in bulk, and 1.9
+to 2.9 times its median latency.
+
 Peers that are not installed are left out. Flask and gunicorn may be in the Python that STREAMLOG_FRAMEWORKS names.
 --peer adds one: $port is where it listens, $folder has an executable for each of echo, true, bulk, lines, ticks and
 fed, $folder/cgi-bin the same as CGI scripts; it runs them for the paths /echo, /true and so on.

@@ -542,7 +542,10 @@ class Events(BrowserCase):
 <ul id="list"></ul>
 <script>
 const source = new EventSource("/ticks");
-const show = event => { list.innerHTML += "<li>" + event.type + " " + event.data; };
+const show = event => {
+  const item = list.appendChild(document.createElement("li"));
+  item.textContent = event.type + " " + event.data;
+};
 source.onmessage = show;
 source.addEventListener("stderr", show);
 source.addEventListener("exit", show);

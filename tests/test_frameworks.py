@@ -106,7 +106,7 @@ def sleepers() -> list[str]:
 
 class Flask(FrameworkCase):
     def check(self, server: str) -> None:
-        port = self.start(block("python", "flask.Flask"), server)
+        port = self.start(block("python", "DispatcherMiddleware"), server)
         self.assertEqual(self.ask(port, "/count/3").body, b"1\n2\n3\n")
         refused = self.ask(port, "/count/x")
         self.assertEqual((refused.status, refused.body), (400, b"parameter 'upto' of 'stream' must be int: 'x'\n"))
@@ -118,6 +118,12 @@ class Flask(FrameworkCase):
         wait_until(lambda: self.ended(port, "client_gone") == 1, "it ends with the next output", 3)
         self.assertEqual(self.ask(port, "/ops").status, 308)
 
+    def test_the_small_one_of_the_recipes(self) -> None:
+        port = self.start(block("python", "mimetype").partition("/count/")[0], "werkzeug")
+        answer = self.ask(port, "/disk")
+        self.assertEqual(answer.headers["content-type"], "text/plain; charset=utf-8")
+        self.assertIn(b"Filesystem", answer.body)
+
     def test_it_streams_under_werkzeug(self) -> None:
         self.check("werkzeug")
 
@@ -125,7 +131,7 @@ class Flask(FrameworkCase):
         self.check("gunicorn")
 
     def test_ctrl_c_ends_gunicorn_at_once_with_what_its_threads_wait_for(self) -> None:
-        application = block("python", "flask.Flask")
+        application = block("python", "DispatcherMiddleware")
         application += f"@app.get('/s')\ndef s(): return flask.Response(streamlog.stream('{SLEEP}'))\n"
         port = self.start(application, "gunicorn")
         with Raw(("127.0.0.1", port)) as client:
@@ -150,7 +156,7 @@ class Flask(FrameworkCase):
         hooks = block("python", "post_worker_init").replace("/tmp/app-", f"{self.folder}/app-")
         (self.folder / "gunicorn.conf.py").write_text(hooks)
         with mock.patch.dict(SERVERS, {"gunicorn": [*SERVERS["gunicorn"][:-1], "-w", "2", "app"]}):
-            self.start(block("python", "flask.Flask"), "gunicorn")
+            self.start(block("python", "DispatcherMiddleware"), "gunicorn")
         wait_until(lambda: len(list(self.folder.glob("app-*.sock"))) == 2, "each listens")
         pids = set()
         for path in self.folder.glob("app-*.sock"):
@@ -167,7 +173,7 @@ class Flask(FrameworkCase):
 @unittest.skipUnless(browser.IS_THERE, "no Chromium with its driver")
 class FlaskInABrowser(FrameworkCase, BrowserCase):
     def test_its_page_starts_and_stops_a_background_command_and_shows_stdout_and_stderr(self) -> None:
-        port = self.start(block("python", "flask.Flask"), "gunicorn")
+        port = self.start(block("python", "DispatcherMiddleware"), "gunicorn")
         self.browser.open(f"http://localhost:{port}/ops/")
         self.see("document.title.startsWith('streamlog')", "the page")
         self.browser.click("[aria-label='Start build']")
@@ -179,7 +185,7 @@ class FlaskInABrowser(FrameworkCase, BrowserCase):
         self.assertEqual(self.ended(port, "ok"), 0)
 
     def test_its_eventsource_page_follows_a_command_to_its_end(self) -> None:
-        port = self.start(block("python", "flask.Flask"), "werkzeug")
+        port = self.start(block("python", "DispatcherMiddleware"), "werkzeug")
         self.browser.open(f"http://localhost:{port}/")
         self.see("log.textContent == 'step 1\\n'", "the first line, alone")
         self.see("log.textContent.endsWith('step 6\\n')", "the last")
