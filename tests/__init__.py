@@ -1,0 +1,86 @@
+"""The tests. `python -m unittest` runs them in a few processes at once, as most of them wait most of the time."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Optional
+
+# The modules that run beside all others, each line in a process of its own; each takes about as long.
+BESIDE = [
+    {"browser", "deployment", "embedding", "listening", "promises", "readme", "wsgi"},
+    {"faults", "insight", "kept", "main", "runs", "server"},
+]
+
+
+def load_tests(loader: unittest.TestLoader, _: unittest.TestSuite, pattern: Optional[str]) -> unittest.TestSuite:
+    """Called by unittest when it looks for all tests."""
+    here = unittest.TestSuite()
+    beside: list[list[str]] = [[] for _ in BESIDE]
+    for test in each(loader.discover(os.path.dirname(__file__), pattern or "test*.py")):
+        module = type(test).__module__.rpartition("test_")[2]
+        for names, modules in zip(beside, BESIDE):
+            if module in modules:
+                names.append(test.id())
+                break
+        else:
+            here.addTest(test)
+    return Processes(here, list(filter(None, beside)))
+
+
+def each(suite: unittest.TestSuite) -> Iterator[unittest.TestCase]:
+    for test in suite:
+        if isinstance(test, unittest.TestSuite):
+            yield from each(test)
+        else:
+            yield test
+
+
+class Processes(unittest.TestSuite):
+    """Tests, and the names of those that other processes run meanwhile."""
+
+    def __init__(self, here: unittest.TestSuite, beside: list[list[str]]) -> None:
+        super().__init__(here)
+        self.beside = beside
+
+    def countTestCases(self) -> int:
+        return super().countTestCases() + sum(map(len, self.beside))
+
+    def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
+        with ExitStack() as stack:
+            started = []
+            for names in self.beside:
+                file = stack.enter_context(tempfile.TemporaryFile("w+"))
+                command = [sys.executable, "-m", "unittest", *names]
+                process = stack.enter_context(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
+                stack.callback(process.kill)
+                started.append((process, file))
+            super().run(result, debug)
+            for process, file in started:
+                process.wait()
+                file.seek(0)
+                add_outcome(result, process.returncode, file.read())
+        return result
+
+
+def add_outcome(result: unittest.TestResult, exit_code: int, said: str) -> None:
+    """Add what another process says of its tests."""
+
+    def end() -> None:
+        if exit_code:
+            raise AssertionError(f"another process, exit code {exit_code}:\n{said}")
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, said, re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    outcome = unittest.FunctionTestCase(end, description="another process")
+    outcome.run(result)
+    result.testsRun += number(r"^Ran (\d+) tests?") - 1
+    result.skipped += [(outcome, "in another process")] * number(r"skipped=(\d+)")

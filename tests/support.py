@@ -14,8 +14,10 @@ import threading
 import time
 import unittest
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
+from unittest import mock
 
 import streamlog
 
@@ -37,6 +39,14 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10.0) -
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {what}")
         time.sleep(0.005)
+
+
+def at_once(case: unittest.TestCase, function: Callable[..., None], *arguments: Sequence[Any]) -> None:
+    """Call a function for each of some arguments, all at the same time, as most of what it does is to wait."""
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        for future, each in [(pool.submit(function, *each), each) for each in arguments]:
+            with case.subTest(each):
+                future.result()
 
 
 def is_alive(pid: int) -> bool:
@@ -253,7 +263,12 @@ class ServerCase(unittest.TestCase):
         server = streamlog.Server(
             made, streamlog.Settings(**{"port": 0, "grace_seconds": 2.0, "insight": False, **settings})
         )
-        self.addCleanup(server.close)
+
+        def close() -> None:
+            with mock.patch.object(streamlog, "_CUT_SECONDS", 0.01):  # of the test no client waits any more
+                server.close()
+
+        self.addCleanup(close)
         return server.start()
 
     def connect(self, server: streamlog.Server, **options: Any) -> Raw:

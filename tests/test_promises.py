@@ -87,7 +87,9 @@ class Promises(ServerCase):
             "echo $$ $(ps -A -o pid= -o pgid= | grep \" $$$\" | sed 's/ [0-9]*$//')"
         )
         server = self.serve(
-            {"over": tree, "held": tree + "; wait", "t": Command(tree + "; wait", timeout=0.3)}, grace_seconds=0.4
+            {"over": tree, "held": tree + "; wait", "t": Command(tree + "; wait", timeout=0.3)},
+            grace_seconds=0.4,
+            drain_seconds=0.4,
         )
         pids: list[int] = []
         for path in ("/over", "/t"):

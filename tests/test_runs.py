@@ -82,11 +82,11 @@ class Stopping(RunCase):
                     self.assertNotIn(b"wrong", client.buffer)
 
     def test_what_a_shell_left_in_the_background_is_asked_by_a_signal_that_it_does_not_ignore(self) -> None:
-        server = self.serve({"x": Command("!sleep 60 & echo $!", stop="INT")})
+        server = self.serve({"x": Command("!sleep 60 & echo $!", stop="INT")}, drain_seconds=0.2)
         started = time.monotonic()
         pid = int(self.fetch(server, "/x").body)
         wait_until(lambda: not is_alive(pid), "it is ended")
-        self.assertLess(time.monotonic() - started, 4, "it has not waited for SIGKILL")
+        self.assertLess(time.monotonic() - started, 2, "it has not waited for SIGKILL")
 
     def test_one_that_ignores_its_signal_is_killed_after_the_grace_time(self) -> None:
         command = Command("!trap '' INT; echo $$; while :; do sleep 0.05; done", stop="INT")

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import hashlib
 import html
+import itertools
 import json
 import os
 import random
@@ -32,6 +33,7 @@ from .support import (
     Program,
     Raw,
     ServerCase,
+    at_once,
     children,
     is_alive,
     is_held_back,
@@ -777,30 +779,32 @@ class Departures(ServerCase):
             self.assertEqual(client.read_answer().body, b"y\n")
 
     def test_a_stop_while_the_client_of_two_outputs_is_stuck_leaves_nothing(self) -> None:
-        note = self.folder / "note"
-        command = Command(f"!yes >&2 & echo $$ $! > {note}; exec yes", stderr="separate", timeout=1.5)
-        for way in ("timeout", "close", "reset"):
-            for format_ in ("text", "html", "sse", "ndjson"):
-                server = self.serve({"x": command}, drain_seconds=0.1)
-                with self.subTest(way=way, format=format_), self.assertLogs("streamlog") as logged:
-                    client = self.connect(server, receive_buffer=4096)
-                    client.get(f"/x?format={format_}")
-                    client.read_head()
-                    time.sleep(0.3)  # far longer than it takes to fill every buffer
-                    pids = list(pids_in(note.read_bytes()))
-                    self.assertTrue(all(map(is_alive, pids)))
-                    if way == "reset":
-                        client.reset()
-                    elif way == "close":
-                        server.close()
-                    wait_until(lambda pids=pids: not any(map(is_alive, pids)), "both are gone", 4)  # type: ignore[misc]
-                    if way == "timeout":
-                        time.sleep(0.2)  # the drain time, after which the outputs are closed
-                        self.assertTrue(client.is_closed())
-                        self.assertIn(b"timeout", client.buffer[-500:])
-                    client.sock.close()
-                    server.close()
-                self.assertFalse([line for line in logged.output if not line.startswith("INFO:")])
+        def stick(way: str, format_: str) -> None:
+            note = self.folder / f"{way} {format_}"
+            command = Command(f"!yes >&2 & echo $$ $! > '{note}'; exec yes", stderr="separate", timeout=1.5)
+            server = self.serve({"x": command}, drain_seconds=0.1)
+            client = self.connect(server, receive_buffer=4096)
+            client.get(f"/x?format={format_}")
+            client.read_head()
+            time.sleep(0.3)  # far longer than it takes to fill every buffer
+            pids = list(pids_in(note.read_bytes()))
+            self.assertTrue(all(map(is_alive, pids)))
+            if way == "reset":
+                client.reset()
+            elif way == "close":
+                server.close()
+            wait_until(lambda: not any(map(is_alive, pids)), "both are gone", 4)
+            if way == "timeout":
+                time.sleep(0.2)  # the drain time, after which the outputs are closed
+                self.assertTrue(client.is_closed())
+                self.assertIn(b"timeout", client.buffer[-500:])
+            client.sock.close()
+            server.close()
+
+        formats = ("text", "html", "sse", "ndjson")
+        with self.assertLogs("streamlog") as logged:
+            at_once(self, stick, *itertools.product(("timeout", "close", "reset"), formats))
+        self.assertFalse([line for line in logged.output if not line.startswith("INFO:")])
 
     def test_a_command_that_cleans_up_may_print_after_its_client_has_left(self) -> None:
         note = self.folder / "note"
@@ -848,7 +852,7 @@ class Departures(ServerCase):
 
     @unittest.skipUnless(IS_ROOT and shutil.which("ip"), "needs root and ip(8) for a network that can be cut")
     def test_a_client_that_vanishes_is_noticed_by_probes_or_by_what_it_does_not_take(self) -> None:
-        for line, stall_seconds in (("sleep 300", "0"), ("!while echo more; do sleep 0.1; done", "1")):
+        def vanish(line: str, stall_seconds: str) -> None:
             done = subprocess.run(
                 [sys.executable, "-m", "tests.vanish", line, stall_seconds],
                 cwd=ROOT,
@@ -860,6 +864,8 @@ class Departures(ServerCase):
             if done.returncode == 77:
                 self.skipTest(done.stdout)
             self.assertEqual((done.returncode, done.stdout), (0, "gone\n"), done.stderr)
+
+        at_once(self, vanish, ("sleep 300", "0"), ("!while echo more; do sleep 0.1; done", "1"))
 
     def test_clients_that_misbehave_print_no_traceback_and_hurt_nobody(self) -> None:
         server = self.serve({"yes": "yes", "sleep": "sleep 300", "x": "echo x"})

@@ -20,7 +20,7 @@ from unittest import mock
 import streamlog
 from streamlog import Command, ConfigError
 
-from .support import ROOT, Raw, is_alive, pids_in, wait_until
+from .support import ROOT, Raw, at_once, is_alive, pids_in, wait_until
 from .test_embedding import EmbeddingCase
 
 
@@ -228,11 +228,14 @@ class Wsgi(WsgiCase):
             ):
                 commands = {"x": "sleep 0.3", "task": lambda: time.sleep(0.3)}
                 self.app = streamlog.wsgi(commands, **typing.cast(Any, settings))
-                for path in ("/x", "/task"):
+
+                def call(path: str, format_: str = format_, expected: bytes = expected) -> None:
                     body = self.call(PATH_INFO=path, QUERY_STRING=f"format={format_}")[2]
-                    with self.subTest(settings=settings, format_=format_, path=path):
-                        self.assertIn(expected, body)
-                        self.assertEqual(bool(body), bool(expected))
+                    self.assertIn(expected, body)
+                    self.assertEqual(bool(body), bool(expected))
+
+                with self.subTest(settings=settings, format_=format_):
+                    at_once(self, call, ("/x",), ("/task",))
 
     def test_a_body_is_read_as_far_as_it_goes(self) -> None:
         self.app = streamlog.wsgi({"x": Command("echo {x}", method="POST")})
