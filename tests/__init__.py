@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Optional
 
+from .support import SOAK
+
 # The modules that run beside all others, each line in a process of its own; each takes about as long.
 BESIDE = [
     {"browser", "deployment", "embedding", "listening", "promises", "readme", "wsgi"},
@@ -23,9 +25,10 @@ def load_tests(loader: unittest.TestLoader, _: unittest.TestSuite, pattern: Opti
     """Called by unittest when it looks for all tests."""
     here = unittest.TestSuite()
     beside: list[list[str]] = [[] for _ in BESIDE]
+    groups = [] if SOAK >= 1000 else BESIDE  # the full sizes keep a machine busy by themselves
     for test in each(loader.discover(os.path.dirname(__file__), pattern or "test*.py")):
         module = type(test).__module__.rpartition("test_")[2]
-        for names, modules in zip(beside, BESIDE):
+        for names, modules in zip(beside, groups):
             if module in modules:
                 names.append(test.id())
                 break
