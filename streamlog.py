@@ -39,37 +39,44 @@ commands:
   POST:NAME=... is run by POST only. NAME=-, or -, is standard input, for any number of viewers.
 
 commands file:
-  A section for each command, [NAME], with the options command = COMMAND LINE, about (a
-  description), method (GET or POST), timeout (seconds; 0 for no limit), max (runs of it at a
-  time), stderr (merge, separate or discard), stdin (yes: the body of a POST or PUT is its
-  input), pty (yes: it runs on a terminal; echo: on one that echoes its input), terminal (its
-  size, as in 132x40), shared (yes: a client joins the run that goes on with the same values),
-  stop (the signal that asks it to end, TERM or such as INT), headers (request headers that it
-  gets as variables: User-Agent as HTTP_USER_AGENT), cwd (directory), env (NAME=value, one a
-  line) and type (Content-Type of output that is not plain text). [DEFAULT] holds options for
-  all. Lines that begin with # or ; are comments. SIGHUP reads the file again, and the
-  certificate; at a terminal it ends the server, as TERM does. The variables REMOTE_ADDR and
-  REMOTE_USER (token or read-token) tell a command whose request it serves.
+  A section for each command, [NAME], with command = COMMAND LINE and any of these options:
+    about            a description
+    method           GET or POST
+    timeout, max     seconds that a run may take (0: any time); runs of it at a time
+    stdin            yes: the body of a POST or PUT is its input
+    pty, terminal    yes: run it on a terminal (echo: that echoes input); its size, as in 132x40
+    stderr           merge, separate or discard
+    shared           yes: a client joins the run that goes on with the same values
+    stop             the signal that asks it to end: TERM, INT and so on
+    headers          request headers that it gets as variables: User-Agent as HTTP_USER_AGENT
+    cwd, env         its directory; variables, NAME=value, one a line
+    type             Content-Type of output that is not plain text
+  [DEFAULT] holds options for all. Lines that begin with # or ; are comments. The variables
+  REMOTE_ADDR and REMOTE_USER (token or read-token) tell a command whose request it serves.
+  SIGHUP reads the file and the certificate again; at a terminal it ends the server, as TERM does.
 
 what a client sees:
-  The output is the body, byte for byte, as it comes. A client that sends "TE: trailers" gets
-  the exit code in the trailer Exit-Code. A run that the server ends is cut without the final
-  chunk (curl exits with 18; a page is not cut). When the client leaves, the command's process
-  group gets SIGTERM, then SIGKILL. To a command that takes input, curl -T FILE URL or
-  --data-binary @FILE sends it, and curl -sN -T . URL is a live session: what you type is its
-  input, its output comes back. ?format=html is a page, sse are events, ndjson is an object a
-  line (or by Accept). In text and html ?timestamps=1 puts the time before each line,
-  ?hostname=1 this machine's name (in ndjson too). ?heartbeat=SEC reports after that long a
-  silence that the run goes on. ?footer=1 adds a last line with exit code and duration, as a
-  browser gets; ?footer=0 omits it. In a browser, / has a row for each command, and /-/runs
-  lists what is running, and can stop it.
+  The output is the body, byte for byte, as it comes. When the client leaves, the command's
+  process group gets SIGTERM, then SIGKILL. A run that the server ends is cut without the final
+  chunk, so that curl exits with 18; only a page is not. A client that sends "TE: trailers" gets
+  the exit code in the trailer Exit-Code. To a command that takes input, curl -T FILE URL or
+  --data-binary @FILE sends it, and curl -sN -T . URL is a live session. The query takes, besides
+  the command's own parameters:
+    format=FORMAT    text, html (a page), sse (events) or ndjson (an object a line); or by Accept
+    timestamps=1     the time before each line of text and html
+    hostname=1       this machine's name before each line, or in each object
+    heartbeat=SEC    after so long a silence, say that the run goes on
+    footer=1         a last line with exit code and duration, as a browser gets; 0 omits it
+    wait             answer when the run has ended: exit code in a header, 500 if it failed,
+                     507 if its output is more than is kept
+    async=1          start a run that outlives the connection, and answer with its address
 
-runs that outlive a connection:
-  ?async=1 starts a run and answers with its address, /-/runs/ID: GET replays and follows it
-  (?tail=N lines, ?follow=0, Range), in JSON its state; DELETE stops it, or drops it if it has
-  ended. /-/runs lists these runs, and all others that go on.
-  ?wait answers when the run has ended: with its exit code in a header, 500 if it failed, and
-  507 if its output is more than is kept.
+addresses of the server:
+  /                  the commands: a page with a row for each, or lines for curl
+  /-/runs            the runs that go on, and those kept; a page can stop them
+  /-/runs/ID         GET replays a kept run and follows it (tail=N lines, follow=0, Range); as JSON,
+                     the state of any run. DELETE stops it, or drops it if it has ended
+  /-/healthy, /-/metrics    for load balancers and for Prometheus
 
 for developers:
   The file reads from top to bottom as a request travels; a callee stands below its caller.
