@@ -80,9 +80,10 @@ class Readme(unittest.TestCase):
         inside, streaming, looping = (
             next(block for block in blocks("python") if mark in block) for mark in ("reindex", "count=2", "async for")
         )
+        inside = inside.replace("reindex})", "reindex}, port=0)")
         fetch = "import urllib.request as u; print(u.urlopen(server.url + '/reindex?parts=1').read().decode())"
         done = subprocess.run(
-            [sys.executable, "-c", inside.replace("...  # the program goes on", fetch)],
+            [sys.executable, "-c", re.sub(r"input\(.*", lambda _: fetch, inside)],
             cwd=ROOT,
             stdout=-1,
             text=True,
@@ -130,8 +131,6 @@ class Readme(unittest.TestCase):
         script = script.replace("python streamlog.py", f"{sys.executable} {PROGRAM} -q -p {port}").replace(
             "8000", str(port)
         )
-        until = f"until curl -sk -o /dev/null https://localhost:{port}/-/healthy; do sleep 0.1; done"
-        script = script.replace(" &\n", f" &\n{until}\n")
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run(
                 ["sh", "-c", f"{script}code=$?; kill $!; exit $code"],
@@ -231,7 +230,10 @@ class Recipes(unittest.TestCase):
         env = {**os.environ, "PATH": self.path}
         told: list[tuple[int, str]] = []
         lines = [line for line in script.replace("8000", str(port)).splitlines() if line]
-        marked = "".join(f"{line}\nprintf '\\n%s\\036' $?\n" for line in lines)
+        mark = "printf '\\n%s\\036' $?"
+        marked = "".join(
+            f"trap {shlex.quote(mark)} EXIT; {line}\n" if "exit " in line[:5] else f"{line}\n{mark}\n" for line in lines
+        )
         done = subprocess.run(
             ["sh", "-c", marked],
             stdout=subprocess.PIPE,
@@ -302,7 +304,8 @@ class Recipes(unittest.TestCase):
 
     def test_a_backup_is_whole(self) -> None:
         program = self.serve("Back up to your own disk")
-        self.assertEqual(self.run_lines("Back up to your own disk", program.port), [(0, "")])
+        told = self.run_lines("Back up to your own disk", program.port)
+        self.assertEqual([(code, output.strip().lower()) for code, output in told], [(0, ""), (0, "exit-code: 0")])
         listed = subprocess.run(["tar", "tzf", self.folder / "etc.tar.gz"], stdout=subprocess.PIPE, text=True)
         self.assertIn("./passwd\n", listed.stdout)
 
@@ -312,7 +315,7 @@ class Recipes(unittest.TestCase):
         told = self.run_lines(title, program.port)
         steps = "step 1\nstep 2\nstep 3\n"
         self.assertEqual([output for _, output in told[:3]], ["", steps, steps])
-        self.assertEqual([code for code, _ in told], [0] * 5)
+        self.assertEqual([code for code, _ in told], [0] * 5 + [3])
         self.assertEqual((self.folder / "build.log").read_text(), steps)
         self.assertIn('"exit_code": 3', told[4][1])
 
@@ -333,7 +336,7 @@ class Recipes(unittest.TestCase):
         config = self.folder / "commands.ini"
         config.write_text(next(block for block in blocks("ini") if block.startswith("[note]")))
         with Program("-p", "0", "-c", str(config), env={**os.environ, "PATH": self.path}) as program:
-            self.assertEqual(program.fetch("/note?msg=$(id)%20%22x&n=1").body, b'-- $(id) "x\n')
+            self.assertEqual(program.fetch("/note?msg=$(id)%20%22x").body, b'-t web -- $(id) "x\n')
 
     def test_another_machine_is_looked_at_without_a_copy(self) -> None:
         (line,) = (block for block in blocks("sh") if block.startswith("ssh "))
