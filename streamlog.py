@@ -176,9 +176,12 @@ __all__ += ["output", "serve", "start", "stopping", "stream", "wsgi"]
 _log = logging.getLogger("streamlog")
 
 _Texts = Mapping[str, str]
+_Fields = list[tuple[str, str]]  # names and values, in their order
 _Events = dict[int, int]  # descriptors to events (poll(2))
 _Function = Callable[..., object]
 _Commands = Mapping[str, "Command"]
+
+_NO_TEXTS: _Texts = MappingProxyType({})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ _Commands = Mapping[str, "Command"]
 class Error(Exception):
     """A refusal: one sentence that says what to do, with the HTTP status and headers of the answer."""
 
-    def __init__(self, message: str, status: int = 400, headers: _Texts = MappingProxyType({})) -> None:
+    def __init__(self, message: str, status: int = 400, headers: _Texts = _NO_TEXTS) -> None:
         super().__init__(message)
         if HTTPStatus(status) < 300:
             raise ValueError(f"the status of an error is 300 or more: {status}")
@@ -1031,7 +1034,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 pass
 
 
-def _make_headers(access: Access, request: Request, reply: Reply) -> list[tuple[str, str]]:
+def _make_headers(access: Access, request: Request, reply: Reply) -> _Fields:
     """The headers of an answer. Raises ValueError rather than let a value break out of its line."""
     headers = [*access.headers(request).items(), *reply.headers.items()]
     length = reply.length
@@ -1160,7 +1163,7 @@ def _parse_head(head: Sequence[str]) -> Request:
     return Request(method, path, query, authority or host, headers, is_http_1_0=minor == "0")
 
 
-def _parse_headers(lines: Sequence[str]) -> dict[str, str]:
+def _parse_headers(lines: Sequence[str]) -> _Texts:
     """Header lines by lower-case name; repeated ones are joined as lists (RFC 9110 section 5.3)."""
     if len(lines) > _HEADER_COUNT:
         raise Error(f"the request has more than {_HEADER_COUNT} headers", 431)
@@ -1196,7 +1199,7 @@ def _unquote(text: str, decode: Callable[..., Any] = urllib.parse.unquote) -> An
         raise Error("the URL must be UTF-8, percent-encoded") from None
 
 
-def _parse_query(query: str) -> list[tuple[str, str]]:
+def _parse_query(query: str) -> _Fields:
     """The fields of a query or a form (application/x-www-form-urlencoded), blank ones included."""
     return list(_unquote(query, partial(urllib.parse.parse_qsl, keep_blank_values=True)))
 
@@ -1357,7 +1360,7 @@ class Access:
         challenge = {"WWW-Authenticate": 'Basic realm="streamlog", charset="UTF-8", Bearer realm="streamlog"'}
         raise Error("the token is missing or wrong: give it as curl -u :TOKEN does", 401, challenge)
 
-    def headers(self, request: Request) -> dict[str, str]:
+    def headers(self, request: Request) -> _Texts:
         """The headers of every answer; some say which pages may read and frame it."""
         if not self._is_allowed_origin(request):
             return self._headers
@@ -1403,7 +1406,7 @@ class Reply(NamedTuple):
     spool: Transcript | None = None  # for the output of a run whose end decides on the status
 
 
-def _text_reply(text: str, status: int = 200, headers: _Texts = MappingProxyType({})) -> Reply:
+def _text_reply(text: str, status: int = 200, headers: _Texts = _NO_TEXTS) -> Reply:
     return Reply(status, {"Content-Type": _PLAIN_TEXT, "Vary": "Accept", **headers}, text.encode())
 
 
@@ -1415,7 +1418,7 @@ def _error_reply(error: Error, request: Request) -> Reply:
     return _page_reply(HTTPStatus(error.status).phrase, _ERROR, markup, error.headers, error.status)
 
 
-def _json_reply(value: object, status: int = 200, headers: _Texts = MappingProxyType({})) -> Reply:
+def _json_reply(value: object, status: int = 200, headers: _Texts = _NO_TEXTS) -> Reply:
     return _text_reply(json.dumps(value, indent=1) + "\n", status, {"Content-Type": "application/json", **headers})
 
 
@@ -1688,7 +1691,7 @@ class Site:
         )
         return _text_reply("".join(f"{_printable(line)}\n" for line in lines))
 
-    def _listed(self) -> dict[str, Command]:
+    def _listed(self) -> _Commands:
         """The commands of the index, by name; one of our own that has parameters by POST is listed so."""
         own = {name: commands.get("POST") or commands["GET"] for name, commands in self._own.items()}
         return {**self.commands, **own, **self.commands}  # a command hides one of our own, which come last
@@ -1730,8 +1733,8 @@ class Site:
 
 def _sort_fields(
     name: str,
-    parameters: Mapping[str, Parameter],
-    fields: Iterable[tuple[str, str]],
+    parameters: _Parameters,
+    fields: _Fields,
     known: Mapping[str, tuple[str, str]],
 ) -> tuple[_Texts, _Texts]:
     """Part the fields of a request into values of parameters and the server's own options. Raises Error."""
@@ -1753,7 +1756,7 @@ def _sort_fields(
     return values, options
 
 
-def _variables(command: Command, request: Request) -> dict[str, str]:
+def _variables(command: Command, request: Request) -> _Texts:
     """What a command is told of the request, as CGI does (RFC 3875 section 4.1)."""
     told = {"REMOTE_ADDR": request.client.rpartition(":")[0] or request.client, "REMOTE_USER": request.user}
     for name in command.headers:
@@ -1767,7 +1770,7 @@ def _is_on(request: Request, switch: str, default: str = "0") -> bool:
     return request.options.get(switch, default) != "0"
 
 
-def _parse_form(request: Request) -> list[tuple[str, str]]:
+def _parse_form(request: Request) -> _Fields:
     """The fields of a form, or of a JSON object. Raises Error."""
     kind = re.match(
         r"(?i)application/(?:(json)|x-www-form-urlencoded)\s*(?:;|$)", request.headers.get("content-type", "")
@@ -1945,14 +1948,17 @@ _PROGRAM_PLACE = re.compile(
 )
 
 
+_Parameters = dict[str, "Parameter"]
+
+
 class Parameter(NamedTuple):
     """A placeholder of a command: what a URL may give for it."""
 
     name: str
     type: str
     pattern: re.Pattern[str]
-    default: str | None
     choices: Sequence[str]
+    default: str | None = None
     is_list: bool = False  # whether it may be given more than once: each value is a line
     read: Callable[[str], object] = str  # what a task gets
 
@@ -1972,7 +1978,7 @@ class Parameter(NamedTuple):
         return ""
 
 
-def _make_parameter(name: str, type_: str, default: str | None, choices: Sequence[str] = ()) -> Parameter:
+def _make_parameter(name: str, type_: str, choices: Sequence[str] = ()) -> Parameter:
     if _CHOICE.fullmatch(type_):
         choices = type_.split("|")
     pattern = "|".join(map(re.escape, choices)) or _TYPES.get(type_, [type_])[0]
@@ -1982,12 +1988,12 @@ def _make_parameter(name: str, type_: str, default: str | None, choices: Sequenc
             f"choices such as on|off, and regular expressions (a literal brace is doubled: {{{{{name}...}}}})"
         )
     try:
-        return Parameter(name, type_, re.compile(pattern, re.ASCII), default, choices)
+        return Parameter(name, type_, re.compile(pattern, re.ASCII), choices)
     except (re.error, OverflowError, RecursionError, ValueError) as error:
         raise ConfigError(f"parameter {name!r} has a bad regular expression: {error}: {type_!r}") from None
 
 
-def _mark_placeholders(line: str, parameters: dict[str, Parameter]) -> str:
+def _mark_placeholders(line: str, parameters: _Parameters) -> str:
     """Put a mark in the place of each placeholder of a line, and add its parameter to the others."""
     if re.search("[\0\ud800-\udfff]", line):
         raise ConfigError(f"the command line must be UTF-8, without a NUL character: {line!r}")
@@ -1997,7 +2003,7 @@ def _mark_placeholders(line: str, parameters: dict[str, Parameter]) -> str:
             raise ConfigError(f"placeholder '{match[0]}' has no closing brace: write {{{match[0]}}}}} if it is not one")
         if not match["name"]:
             return match["literal"] or match[0]
-        one = _make_parameter(match["name"], match["type"] or "word", match["default"])
+        one = _make_parameter(match["name"], match["type"] or "word")._replace(default=match["default"])
         # If it stands twice, it must say the same twice, or only its name again.
         if one != parameters.setdefault(one.name, one) and (one.type, one.default) != ("word", None):
             raise ConfigError(f"parameter {one.name!r} is described twice, and differently")
@@ -2006,7 +2012,7 @@ def _mark_placeholders(line: str, parameters: dict[str, Parameter]) -> str:
     return _BRACE.sub(mark, line)
 
 
-def _check_script(marked: str, parameters: Mapping[str, Parameter]) -> None:
+def _check_script(marked: str, parameters: _Parameters) -> None:
     """Refuse a parameter whose value a shell could split, expand, evaluate or run where it stands."""
     for name in _MARK.findall(_ASSIGNMENTS.sub("", marked, count=1)):
         one = parameters[name]
@@ -2138,7 +2144,7 @@ class Command:
         self.method = self.method or ("POST" if self.stdin else "GET")
         self.methods = sorted({self.method, *(("POST", "PUT") if self.stdin else ())})
         self.is_plain_text = bool(re.match("(?i)text/plain *(;|$)", self.type))  # a note of ours may follow
-        self.parameters: dict[str, Parameter] = {}
+        self.parameters: _Parameters = {}
         if callable(given):
             if self.stdin or self.pty or self.env or self.cwd or self.headers:
                 raise ConfigError("a task has no process: stdin, pty, env, headers and cwd are not for it")
@@ -2200,7 +2206,7 @@ class Command:
         values: _Texts,
         stderr: str = "merge",
         stdin: str = "none",
-        variables: _Texts = MappingProxyType({}),
+        variables: _Texts = _NO_TEXTS,
     ) -> Union[Launch, Call]:
         """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text.
 
@@ -2252,7 +2258,7 @@ class Command:
         return text
 
 
-def _read_signature(task: Any, parameters: dict[str, Parameter]) -> None:
+def _read_signature(task: Any, parameters: _Parameters) -> None:
     """Add the parameters of a task to the others. Raises ConfigError."""
     function = _find_function(task)
     try:
@@ -2302,13 +2308,13 @@ def _read_annotation(name: str, annotation: Any) -> Parameter:
         return made._replace(is_list=True, read=lambda text: [*map(made.read, text.splitlines())])
     if annotation is bool:
         pattern = re.compile("1|0|yes|no|true|false|on|off", re.IGNORECASE)
-        return _make_parameter(name, "yes|no", None)._replace(pattern=pattern, read=_read_switch)
+        return _make_parameter(name, "yes|no")._replace(pattern=pattern, read=_read_switch)
     if origin is Literal or isinstance(annotation, enum.EnumMeta):
         known = {_text_of(value): value for value in arguments or annotation}
-        return _make_parameter(name, "|".join(known), None, list(known))._replace(read=known.__getitem__)
+        return _make_parameter(name, "|".join(known), list(known))._replace(read=known.__getitem__)
     is_path = isinstance(annotation, type) and issubclass(annotation, os.PathLike)
     type_ = "path" if is_path else {str: "text", int: "int", float: "float"}[annotation]
-    return _make_parameter(name, type_, None)._replace(read=annotation)
+    return _make_parameter(name, type_)._replace(read=annotation)
 
 
 def _text_of(value: Any) -> str:
@@ -4412,9 +4418,7 @@ def _make_page(title: str, style: str, body: str) -> str:
     return _fill(_FRAME, {"STYLE": _COLOURS + style, "BODY": body}, TITLE=title)
 
 
-def _page_reply(
-    title: str, template: str, markup: _Texts, headers: _Texts = MappingProxyType({}), status: int = 200
-) -> Reply:
+def _page_reply(title: str, template: str, markup: _Texts, headers: _Texts = _NO_TEXTS, status: int = 200) -> Reply:
     """A page of the server's own."""
     page = _make_page(title, _PAGE_STYLE, _fill(template, markup, TITLE=title))
     own = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _PAGE_POLICY}
@@ -4746,7 +4750,7 @@ def stream(command: _Given, /, **values: object) -> Stream:
         launch: Launch | Call = Call(task, values)
     else:
         made = made or Command(task)
-        texts, _ = _sort_fields("stream", made.parameters, ((name, _text_of(one)) for name, one in values.items()), {})
+        texts, _ = _sort_fields("stream", made.parameters, [(name, _text_of(one)) for name, one in values.items()], {})
         launch = made.bind("stream", texts, stdin="pipe")
     return Stream(_maker(launch)(Settings(), made.timeout if made else None, lambda: None))
 
