@@ -1406,6 +1406,9 @@ class Reply(NamedTuple):
     spool: Transcript | None = None  # for the output of a run whose end decides on the status
 
 
+_NO_CONTENT = Reply(204, {})
+
+
 def _text_reply(text: str, status: int = 200, headers: _Texts = _NO_TEXTS) -> Reply:
     return Reply(status, {"Content-Type": _PLAIN_TEXT, "Vary": "Accept", **headers}, text.encode())
 
@@ -1443,8 +1446,8 @@ class Site:
             "/-/healthy": lambda _: _text_reply("ok"),
             "/-/idle": lambda _: _page_reply("Idle", _IDLE, {}),
             "/robots.txt": lambda _: _text_reply("User-agent: *\nDisallow: /\n"),
-            "/favicon.ico": lambda _: Reply(204, {}),  # browsers ask for it by themselves
-            "*": lambda _: Reply(204, {}),
+            "/favicon.ico": lambda _: _NO_CONTENT,  # browsers ask for it by themselves
+            "*": lambda _: _NO_CONTENT,
         }
         if self._can_keep:
             self._pages["/-/runs"] = self._list_runs
@@ -1473,7 +1476,7 @@ class Site:
         """
         self.access.check(request)
         if self.access.is_preflight(request):
-            return Reply(204, {})
+            return _NO_CONTENT
         answers = self._find(request.path)
         if not answers:
             names = ", ".join(self._listed()) or "(none)"
@@ -1483,7 +1486,8 @@ class Site:
         allow = ", ".join(sorted([*answers, "OPTIONS"]))
         answers["OPTIONS"] = lambda _: Reply(204, {"Allow": allow})
         if request.method not in answers:
-            text, name = f"{request.path} takes {allow}, not {request.method[:200]}", request.path[1:]
+            text = f"{request.path} takes {allow}, not {request.method[:200]}"
+            name = request.path[1:]
             if name in self._listed():
                 text += f"; try: {self.curl_line(self._url(request), name, self._listed()[name])}"
             raise Error(text, 405, {"Allow": allow})
@@ -1527,7 +1531,9 @@ class Site:
             raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
         spool = self._open_spool(request)
         stderr = "merge" if options.format == "text" and not keeping else "separate"
-        launch = command.bind(name, values, stderr, "pipe" if takes_input else "none", _variables(command, request))
+        launch: Any = command.bind(
+            name, values, stderr, "pipe" if takes_input else "none", _variables(command, request)
+        )
         is_own = name not in self.commands
         is_reconnect = options.format == "sse" and "last-event-id" in request.headers
         if is_reconnect and not (is_own or self.runs.find_shared(entry)):
@@ -1535,8 +1541,8 @@ class Site:
         if request.method == "HEAD":
             return Reply(200, headers)
         entry.make = _maker(launch)
-        if is_own and isinstance(launch, Call):  # it is called at once, and returns text or what makes a run
-            result: Any = launch.function(**launch.arguments)
+        if is_own:  # it is called at once, and returns text or what makes a run
+            result = launch.function(**launch.arguments)
             if isinstance(result, str):
                 return _text_reply(result)
             entry.make = result
@@ -1590,14 +1596,15 @@ class Site:
     def _answer_kept(self, request: Request) -> Reply:
         """Show a kept run, tell the state of another, or stop it; what is kept of one that has ended is dropped."""
         entry = self.runs.find(request.path[len("/-/runs/") :])
-        known = _STOP_OPTIONS if request.method in ("DELETE", "POST") else _REPLAY_OPTIONS
+        stops = request.method in ("DELETE", "POST")
+        known = _STOP_OPTIONS if stops else _REPLAY_OPTIONS
         _, request.options = _sort_fields("/-/runs", {}, request.fields, known)
-        if request.method in ("DELETE", "POST"):
+        if stops:
             if entry.ended and (request.method == "DELETE" or _is_on(request, "drop")):
                 self.runs.drop(entry)
             entry.run.stop(_ON_REQUEST)
             if _is_on(request, "quiet"):  # a page goes on to show the run
-                return Reply(204, {})
+                return _NO_CONTENT
             if "text/html" in request.accepted:
                 return Reply(303, {"Location": "../runs"})
             return _json_reply(entry.state, 202)
@@ -1608,12 +1615,14 @@ class Site:
     def _replay(self, entry: _Entry, request: Request) -> Reply:
         """Answer with what a kept run has written, and goes on to write. A range, bytes=N-, is that of a run, as at the
         address of a shared command it would name another each time; others are ignored (RFC 9110 section 14.2)."""
-        transcript, outcome, end = entry.transcript, entry.transcript.outcome, entry.transcript.end
+        transcript = entry.transcript
+        outcome = transcript.outcome
+        end = transcript.end
         options, headers = self._read_options(entry, request)
         waits = _is_on(request, "wait")
         follows = waits or _is_on(request, "follow", "1")
-        has_extras = waits or options.timestamps or options.hostname or options.notes == "always"
-        is_bare = options.format == "text" and not has_extras
+        is_plain = options.format == "text" and options.notes != "always"
+        is_bare = is_plain and not (waits or options.timestamps or options.hostname)
         can_range = is_bare and request.path.startswith("/-/runs/")
         wanted = re.fullmatch(r"bytes=([0-9]{1,15})-", request.range) if can_range else None
         start = int(wanted[1]) if wanted else _find_start(transcript, request)
@@ -1645,7 +1654,9 @@ class Site:
     def _read_options(self, entry: _Entry, request: Request) -> tuple[Options, dict[str, str]]:
         """How a request wants its output, by the server's own options or else by its Accept header; and the headers
         that describe it. Raises Error."""
-        command, given, options = entry.command, request.options, Options(notes="never")
+        command = entry.command
+        given = request.options
+        options = Options(notes="never")
         headers = {"Content-Type": command.type, "Vary": "Accept"}
         if command.is_plain_text:
             # A person wants to see the end; to a program the output is whole without a line of ours.
@@ -1662,8 +1673,8 @@ class Site:
                 timestamps=_is_on(request, "timestamps"),
                 hostname=socket.gethostname() if _is_on(request, "hostname") else "",
                 heartbeat_seconds=float(given.get("heartbeat", usual)),
-                title=str(entry) if format_ == "html" else "",
-                head=_view_head(entry, request, self._can_keep) if format_ == "html" else "",
+                title=str(entry),
+                head=_view_head(entry, request, self._can_keep),
                 is_report=command.is_report,
                 columns=(command.terminal or self._settings.terminal_size)[0],
             )
@@ -1681,15 +1692,16 @@ class Site:
         if "text/html" in request.accepted:
             rows = "".join(map(_run_row, entries)) or _NO_RUNS
             is_paused = ("follow", "0") in request.fields
-            markup, headers = {"ROWS": rows, "HOW": _FOLLOW if is_paused else _PAUSE}, {"Refresh": "5"}
-            return _page_reply(f"Runs on {socket.gethostname()}", _RUNS, markup, {} if is_paused else headers)
+            markup = {"ROWS": rows, "HOW": _FOLLOW if is_paused else _PAUSE}
+            headers = {} if is_paused else {"Refresh": "5"}
+            return _page_reply(f"Runs on {socket.gethostname()}", _RUNS, markup, headers)
         if "application/json" in request.accepted:
             return _json_reply({"runs": [entry.state for entry in entries]})
-        lines = (
-            f"{one.id}  {_timestamp(one.started_at)}  {one.client}  {one.size} bytes  {one}  {one.note}"
-            for one in entries
-        )
-        return _text_reply("".join(f"{_printable(line)}\n" for line in lines))
+        text = ""
+        for one in entries:
+            line = f"{one.id}  {_timestamp(one.started_at)}  {one.client}  {one.size} bytes  {one}  {one.note}"
+            text += f"{_printable(line)}\n"
+        return _text_reply(text)
 
     def _listed(self) -> _Commands:
         """The commands of the index, by name; one of our own that has parameters by POST is listed so."""
@@ -1704,10 +1716,11 @@ class Site:
             return _index_page(commands, lines, self.commands if self._can_keep else ())
         if "application/json" in request.accepted:
             return _json_reply({"commands": [_describe_json(url, *item) for item in commands.items()]})
-        abouts = {name: (command.about or command.line).splitlines() for name, command in commands.items()}
-        texts = ("\n# {}\n{}\n".format("\n# ".join(about), lines[name]) for name, about in abouts.items())
-        title = f"# streamlog {__version__} on {socket.gethostname()}: each line runs a command\n"
-        return _text_reply("".join([title, *texts]))
+        text = f"# streamlog {__version__} on {socket.gethostname()}: each line runs a command\n"
+        for name, command in commands.items():
+            about = "\n# ".join((command.about or command.line).splitlines())
+            text += f"\n# {about}\n{lines[name]}\n"
+        return _text_reply(text)
 
     def _url(self, request: Request) -> str:
         own = f"{request.scheme or self._settings.scheme}://{request.authority}{request.prefix}"
