@@ -688,7 +688,7 @@ class _Connection(io.RawIOBase):
     body_bytes = 0  # that were written since the head
     _has_unread = False  # known only where poll does not report a hang-up
     _cut_at = inf  # when an answer that is still being sent is cut, because the server closes
-    is_used = False  # whether it has sent an answer
+    status = 0  # of the last answer that was sent
 
     def __init__(self, sock: socket.socket, server: Server) -> None:
         self.sock = sock
@@ -775,7 +775,7 @@ class _Connection(io.RawIOBase):
             self._cut_at = monotonic() + _CUT_SECONDS
             if self.run:
                 self.run.stop(_SHUTTING_DOWN)
-            elif self.is_used and self in self._server._idle:  # a client that was accepted just now gets an answer
+            elif self.status and self in self._server._idle:  # a client that was accepted just now gets an answer
                 raise _Gone(_SHUTTING_DOWN)
         events = ready.pop(self.sock.fileno(), 0)
         if events & ~(POLLIN | POLLOUT) or (events & POLLIN and not _HANG_UP and self._has_left()):
@@ -815,7 +815,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     server: Server
     wfile: _Connection  # type: ignore[assignment]
-    status = 0  # of the last answer
     _feeder: Thread | None = None  # passes a request's body on to its command
     _is_body_coming = False
     _is_to_be_reset = False
@@ -826,7 +825,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Serve requests until the connection is to be closed."""
-        client, context = self.wfile, self.server._tls_context
+        client = self.wfile
+        context = self.server._tls_context
         try:
             if context:
                 client.deadline = monotonic() + self.server._settings.head_seconds
@@ -844,7 +844,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Read a request, answer it, and log it."""
-        request, line, settings = _UNREAD, "", self.server._settings
+        client = self.wfile
+        settings = self.server._settings
+        request = _UNREAD
+        line = ""
         self.close_connection = True
         started = monotonic()
         try:
@@ -853,10 +856,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.rfile.peek(1)
             with self._within(settings.head_seconds, "head"):
                 lines = _read_head(self.rfile)
-            started, line = monotonic(), _printable(lines[0])
+            started = monotonic()
+            line = _printable(lines[0])
             request = _parse_head(lines)
             self.close_connection = request.is_last
-            request.read_body, request.client = partial(self._read_whole_body, request), str(self.client_address)
+            request.read_body = partial(self._read_whole_body, request)
+            request.client = str(self.client_address)
             reply = self.server._site.answer(request)
         except Error as error:
             reply = _error_reply(error, request)
@@ -868,9 +873,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.client_address,
             forwarded,
             line,
-            self.status,
+            client.status,
             outcome.exit_code if outcome.is_final else "-",
-            self.wfile.body_bytes,
+            client.body_bytes,
             monotonic() - started,
             outcome.reason or "exit",
         )
@@ -885,7 +890,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _within(self, seconds: float, part: str = "") -> Iterator[None]:
         """Let the client send for so long. Meanwhile it may be evicted. Raises Error if a part of a request is late,
         and _Gone for other clients."""
-        client, idle = self.wfile, self.server._idle
+        client = self.wfile
+        idle = self.server._idle
         client.deadline = monotonic() + seconds
         idle[client] = True
         try:
@@ -987,41 +993,48 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _send_whole(self, request: Request, reply: Reply) -> Outcome:
         """Send an answer without a run."""
-        end, self.wfile.deadline = "answered", monotonic() + _REPLY_SECONDS
+        end = "answered"
+        self.wfile.deadline = monotonic() + _REPLY_SECONDS
         try:
             self._send_head(request, reply)
             self.wfile.write(b"" if request.method == "HEAD" else reply.body)
         except _Gone as gone:
-            self.close_connection, end = True, str(gone)
+            self.close_connection = True
+            end = str(gone)
         return Outcome(0, end, 0, is_final=False)
 
     def _send_head(self, request: Request, reply: Reply) -> None:
         """Send the head of an answer."""
-        client, is_chunked = self.wfile, bool(reply.run) and reply.length is None and not request.is_http_1_0
-        headers = _make_headers(self.server._site.access, request, reply)
-        headers.append(("Date", self.date_time_string()))
-        if is_chunked:
-            headers.append(("Transfer-Encoding", "chunked"))
+        client = self.wfile
+        client.is_chunked = False
+        own = {"Date": self.date_time_string()}
+        if reply.run and reply.length is None and not request.is_http_1_0:
+            client.is_chunked = True
+            own["Transfer-Encoding"] = "chunked"
             if request.wants_trailers:
-                headers.append(("Trailer", "Exit-Code"))
+                own["Trailer"] = "Exit-Code"
         if self.close_connection and not self._is_body_coming:  # said too early, it breaks an upload through a proxy
-            headers.append(("Connection", "close"))
+            own["Connection"] = "close"
+        headers = [*_make_headers(self.server._site.access, request, reply), *own.items()]
         status = f"HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}"
         client.send("\r\n".join([status, *map(": ".join, headers), "\r\n"]).encode("latin-1"))
-        client.is_chunked, client.body_bytes, client.is_used, self.status = is_chunked, 0, True, reply.status
+        client.status = reply.status
+        client.body_bytes = 0
 
     def finish(self) -> None:
         """Let the client read the answer: closing while it still sends would reset what it has not read."""
-        client, feeder, seconds = self.wfile, self._feeder, 0.0 if self._is_to_be_reset else _LINGER_SECONDS
+        client = self.wfile
+        feeder = self._feeder
+        seconds = 0.0 if self._is_to_be_reset else _LINGER_SECONDS
         client.deadline = monotonic() + seconds
         with suppress(OSError, ValueError):
-            if self._is_to_be_reset:  # HTTP/1.0 takes any other end for that of the body
-                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            elif isinstance(client.sock, ssl.SSLSocket) and not (feeder and feeder.is_alive()):
+            if seconds and isinstance(client.sock, ssl.SSLSocket) and not (feeder and feeder.is_alive()):
                 client.sock.unwrap()  # to a feeder that still reads, it would do harm
         with suppress(OSError):
-            if not self._is_to_be_reset:
+            if seconds:
                 client.sock.shutdown(socket.SHUT_WR)
+            else:  # HTTP/1.0 takes any other end for that of the body
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if feeder:
             feeder.join(seconds)
             with suppress(OSError):
@@ -1036,14 +1049,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def _make_headers(access: Access, request: Request, reply: Reply) -> _Fields:
     """The headers of an answer. Raises ValueError rather than let a value break out of its line."""
-    headers = [*access.headers(request).items(), *reply.headers.items()]
     length = reply.length
     if not (reply.run or reply.status == 204 or (request.method == "HEAD" and reply.status == 200)):
         length = len(reply.body)
+    own = {"X-Accel-Buffering": "no"} if reply.run else {}  # nginx would collect the output
     if length is not None:
-        headers.append(("Content-Length", str(length)))
-    if reply.run:
-        headers.append(("X-Accel-Buffering", "no"))  # nginx would collect the output
+        own["Content-Length"] = str(length)
+    headers = [*access.headers(request).items(), *reply.headers.items(), *own.items()]
     if not "".join(itertools.chain(*headers)).isprintable():
         raise ValueError(f"a header holds a control character: {headers!r}")
     return headers
