@@ -214,14 +214,7 @@ class _Rule(NamedTuple):
 
     def check(self, name: str, value: object) -> None:
         """Raises ConfigError unless a value that a program gives is right."""
-        kinds: dict[Any, Any] = {
-            float: (int, float),
-            int: int,
-            _read_size: int,
-            str: str,
-            os.fspath: (str, os.PathLike),
-        }
-        kind = kinds.get(self.read, object)
+        kind = _KINDS.get(self.read, object)
         with suppress(AttributeError, TypeError):
             is_truth = kind is not object and isinstance(value, bool)  # which is an int, too
             if isinstance(value, kind) and self.is_right(value) and not is_truth:
@@ -240,6 +233,10 @@ class _Rule(NamedTuple):
 def _read_size(text: str) -> int:
     unit = " KMGT".find(text[-1:].upper())
     return int(text[:-1]) << 10 * unit if unit > 0 else int(text)
+
+
+# What a program gives for a value that is read by these; anything for others.
+_KINDS: Any = {float: (int, float), int: int, _read_size: int, str: str, os.fspath: (str, os.PathLike)}
 
 
 def _is_pair(value: Any) -> bool:
@@ -407,7 +404,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._owner = os.getpid()
         self._changed = Condition()  # guards the clients
         self._clients: set[_Connection] = set()
-        self._site.count_clients = self._clients.__len__
+        self._site.clients = self._clients
         self._idle: OrderedDict[_Connection, bool] = OrderedDict()  # the longest idle first
         # Half of the descriptors are for clients, or the runs could shut all others out.
         self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
@@ -862,10 +859,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = request.is_last
             request.read_body = partial(self._read_whole_body, request)
             request.client = str(self.client_address)
+            request.scheme = settings.scheme
             reply = self.server._site.answer(request)
         except Error as error:
             reply = _error_reply(error, request)
-        chain = request.headers.get("x-forwarded-for")
+        chain = request.header("x-forwarded-for")
         forwarded = f' forwarded="{_printable(chain)}"' if chain else ""
         outcome = self._send_run(request, reply, reply.run) if reply.run else self._send_whole(request, reply)
         _log.info(
@@ -1095,7 +1093,7 @@ class Request:
     authority: str
     headers: _Texts
     is_http_1_0: bool = False
-    scheme: str = ""  # of the URL, if it is not the server's own
+    scheme: str = "http"  # of the URL; the server sets it
     prefix: str = ""  # where the site is mounted
 
     def __post_init__(self) -> None:
@@ -1118,6 +1116,10 @@ class Request:
         accepted = map(_ACCEPTED.fullmatch, _split_list(re.sub("[ \t]", "", get("accept", ""))))
         self.accepted = {match[1]: float(match[2] or 1) for match in accepted if match}
         self.read_body: Callable[[int], bytes] = lambda most: b""  # of so many bytes; the server replaces it
+
+    def header(self, name: str) -> str:
+        """The value of a header; empty if it was not sent."""
+        return self.headers.get(name, "")
 
 
 def _read_head(file: io.BufferedIOBase) -> list[str]:
@@ -1294,7 +1296,6 @@ class Access:
         tokens = {"token": settings.token, "read-token": settings.read_token}
         self._tokens = {name: token.encode() for name, token in tokens.items() if token}
         self._name = settings._name
-        self._scheme = settings.scheme
         self._origins = {origin.lower() for origin in settings.allow_origins}
         self._headers = {
             "Server": "streamlog",
@@ -1321,7 +1322,7 @@ class Access:
             self._check_host(request.host)
         self._check_site(request)
         if self._tokens and not self.is_preflight(request) and request.path != "/-/healthy":
-            request.user = self._find_token(request.headers.get("authorization", ""))
+            request.user = self._find_token(request.header("authorization"))
             if request.user == "read-token" and request.method not in ("GET", "HEAD", "OPTIONS"):
                 raise _may_only_look()
 
@@ -1340,19 +1341,21 @@ class Access:
         """Refuse what another site's page has asked for, and what a browser fetches before its user asks."""
         if any(_AHEAD.match(f"{name}:{value}") for name, value in request.headers.items()):
             raise Error("commands are not run for prefetching", 503, {"Retry-After": "1"})
-        get, own_origin = request.headers.get, f"{request.scheme or self._scheme}://{request.authority.lower()}"
-        site, is_visit = get("sec-fetch-site"), request.path == "/" and get("sec-fetch-mode") == "navigate"
+        get = request.headers.get
+        site = get("sec-fetch-site")
         if site is None:
+            own_origin = f"{request.scheme}://{request.authority.lower()}"
             is_own = get("origin", own_origin).lower() == own_origin
         else:
-            is_own = site in ("same-origin", "none") or is_visit  # which runs nothing
+            is_visit = request.path == "/" and get("sec-fetch-mode") == "navigate"  # which runs nothing
+            is_own = is_visit or site in ("same-origin", "none")
         if not is_own and not self._is_allowed_origin(request):
             who = _printable(get("origin") or site or "")
             way = self._name("allow_origins")
             raise Error(f"a page of another site ({who}) may not use this server: {way} would let it", 403)
 
     def _is_allowed_origin(self, request: Request) -> bool:
-        return request.headers.get("origin", "").lower() in self._origins
+        return request.header("origin").lower() in self._origins
 
     def is_preflight(self, request: Request) -> bool:
         """Whether a browser asks what a page of an allowed origin may do. It is answered without a token."""
@@ -1451,10 +1454,10 @@ class Site:
         self._can_keep = closing is not None
         self.access = Access(settings, reach)
         self.runs = _Runs(settings, closing)
-        self.count_clients = self.runs.active.__len__  # the server puts its own here
+        self.clients: Collection[object] = self.runs.active  # the server puts its own here
         self._pages = {
             "/": self._index,
-            "/-/metrics": lambda _: _text_reply(self.runs.metrics(self.count_clients()), 200, _METRICS_HEADERS),
+            "/-/metrics": lambda _: _text_reply(self.runs.metrics(len(self.clients)), 200, _METRICS_HEADERS),
             "/-/healthy": lambda _: _text_reply("ok"),
             "/-/idle": lambda _: _page_reply("Idle", _IDLE, {}),
             "/robots.txt": lambda _: _text_reply("User-agent: *\nDisallow: /\n"),
@@ -1505,7 +1508,7 @@ class Site:
             raise Error(text, 405, {"Allow": allow})
         if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise Error("the only expectation that this server can meet is 100-continue", 417)
-        if "websocket" in _split_list(request.headers.get("upgrade", "")):
+        if "websocket" in _split_list(request.header("upgrade")):
             raise Error("this server speaks no WebSocket: fetch the URL, or open it as an EventSource")
         if request.has_body and request.method not in ("POST", "PUT"):
             raise Error(f"a {request.method} request takes no body: put parameters into the URL's query")
@@ -1534,7 +1537,7 @@ class Site:
                 request.input = [dict(fields).get("-", "").replace("\r\n", "\n").encode()]
                 fields = [field for field in fields if field[0] != "-"]
             values, request.options = sort(request.fields + fields)
-        elif takes_input and request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        elif takes_input and request.header("content-type").lower().startswith("multipart/form-data"):
             raise Error("the body is passed to the command as it is: send it as curl -T or --data-binary does", 415)
         entry = _Entry(name, command, values, request.client)
         options, headers = self._read_options(entry, request)
@@ -1573,9 +1576,7 @@ class Site:
     def _find_keeping(self, entry: _Entry, request: Request, takes_input: bool) -> str:
         """How the run is kept: "async", "shared", or not at all. Raises Error if it cannot be kept as asked."""
         can_keep = self._can_keep and entry.name in self.commands and not entry.command.is_source
-        prefers_async = (
-            can_keep and not takes_input and "respond-async" in _split_list(request.headers.get("prefer", ""))
-        )
+        prefers_async = can_keep and not takes_input and "respond-async" in _split_list(request.header("prefer"))
         is_async, waits = _is_on(request, "async", "1" if prefers_async else "0"), _is_on(request, "wait")
         if (is_async or waits) and not can_keep:
             raise Error("parameters 'wait' and 'async' are not available here")
@@ -1641,8 +1642,9 @@ class Site:
         # What has no end yet, or was cut, may go on behind the last byte.
         is_open = follows and (outcome is None or bool(outcome.reason))
         if wanted and not transcript.start <= start < end + is_open:
-            is_early = start < transcript.start
-            what = f"what is before byte {transcript.start} is not kept" if is_early else f"there are only {end} bytes"
+            what = f"there are only {end} bytes"
+            if start < transcript.start:
+                what = f"what is before byte {transcript.start} is not kept"
             raise Error(f"that range cannot be had: {what}", 416, {"Content-Range": f"bytes */{end}"})
         if options.format == "sse" and outcome and "last-event-id" in request.headers and start >= end:
             return Reply(204, headers)
@@ -1668,34 +1670,34 @@ class Site:
         that describe it. Raises Error."""
         command = entry.command
         given = request.options
-        options = Options(notes="never")
         headers = {"Content-Type": command.type, "Vary": "Accept"}
-        if command.is_plain_text:
-            # A person wants to see the end; to a program the output is whole without a line of ours.
-            notes = "always" if "text/html" in request.accepted else "cut"
-            if "footer" in given:
-                notes = "always" if _is_on(request, "footer") else "never"
-            format_ = given.get("format") or _negotiate(request.accepted)
-            usual = self._settings.heartbeat_seconds
-            if usual is None:  # a WSGI server tells by a failing write that the client has left
-                usual = inf if self._can_keep or format_ in ("text", "sse") else _SSE_COMMENT_SECONDS
-            options = Options(
-                format_,
-                notes,
-                timestamps=_is_on(request, "timestamps"),
-                hostname=socket.gethostname() if _is_on(request, "hostname") else "",
-                heartbeat_seconds=float(given.get("heartbeat", usual)),
-                title=str(entry),
-                head=_view_head(entry, request, self._can_keep),
-                is_report=command.is_report,
-                columns=(command.terminal or self._settings.terminal_size)[0],
-            )
-            if options.format != "text":  # whose type may have parameters of its own
-                headers["Content-Type"] = _FORMATS[options.format][1]
-        elif given.get("format", "text") != "text":
-            raise Error(f"parameter 'format' is not available: the output is {command.type}, and sent as it is")
-        if options.format == "html":
+        if not command.is_plain_text:
+            if given.get("format", "text") != "text":
+                raise Error(f"parameter 'format' is not available: the output is {command.type}, and sent as it is")
+            return Options(notes="never"), headers
+        # A person wants to see the end; to a program the output is whole without a line of ours.
+        notes = "always" if "text/html" in request.accepted else "cut"
+        if "footer" in given:
+            notes = "always" if _is_on(request, "footer") else "never"
+        format_ = given.get("format") or _negotiate(request.accepted)
+        usual = self._settings.heartbeat_seconds
+        if usual is None:  # a WSGI server tells by a failing write that the client has left
+            usual = inf if self._can_keep or format_ in ("text", "sse") else _SSE_COMMENT_SECONDS
+        if format_ != "text":  # whose type may have parameters of its own
+            headers["Content-Type"] = _FORMATS[format_][1]
+        if format_ == "html":
             headers["Content-Security-Policy"] = _VIEW_POLICY
+        options = Options(
+            format_,
+            notes,
+            timestamps=_is_on(request, "timestamps"),
+            hostname=socket.gethostname() if _is_on(request, "hostname") else "",
+            heartbeat_seconds=float(given.get("heartbeat", usual)),
+            title=str(entry),
+            head=_view_head(entry, request, self._can_keep),
+            is_report=command.is_report,
+            columns=(command.terminal or self._settings.terminal_size)[0],
+        )
         return options, headers
 
     def _list_runs(self, request: Request) -> Reply:
@@ -1735,8 +1737,7 @@ class Site:
         return _text_reply(text)
 
     def _url(self, request: Request) -> str:
-        own = f"{request.scheme or self._settings.scheme}://{request.authority}{request.prefix}"
-        return self._settings.url.rstrip("/") or own
+        return self._settings.url.rstrip("/") or f"{request.scheme}://{request.authority}{request.prefix}"
 
     def curl_line(self, url: str, name: str, command: Command) -> str:
         """A line for a shell that runs a command of the site at a URL, with every parameter to be seen and changed."""
@@ -1785,7 +1786,7 @@ def _variables(command: Command, request: Request) -> _Texts:
     """What a command is told of the request, as CGI does (RFC 3875 section 4.1)."""
     told = {"REMOTE_ADDR": request.client.rpartition(":")[0] or request.client, "REMOTE_USER": request.user}
     for name in command.headers:
-        value = request.headers.get(name.lower(), "").encode("latin-1")
+        value = request.header(name.lower()).encode("latin-1")
         told[f"HTTP_{name.upper().replace('-', '_')}"] = os.fsdecode(value)
     return told
 
@@ -1797,9 +1798,7 @@ def _is_on(request: Request, switch: str, default: str = "0") -> bool:
 
 def _parse_form(request: Request) -> _Fields:
     """The fields of a form, or of a JSON object. Raises Error."""
-    kind = re.match(
-        r"(?i)application/(?:(json)|x-www-form-urlencoded)\s*(?:;|$)", request.headers.get("content-type", "")
-    )
+    kind = re.match(r"(?i)application/(?:(json)|x-www-form-urlencoded)\s*(?:;|$)", request.header("content-type"))
     if not kind:
         raise Error("the body must be a form (application/x-www-form-urlencoded), as curl -d sends it, or JSON", 415)
     body = request.read_body(_FORM_BYTES)
@@ -1829,7 +1828,7 @@ def _negotiate(accepted: Mapping[str, float]) -> str:
 
 def _find_start(transcript: Transcript, request: Request) -> int:
     """The offset in a transcript to begin at."""
-    given, last_id = request.options, request.headers.get("last-event-id", "")
+    given, last_id = request.options, request.header("last-event-id")
     if given.get("format", "sse") == "sse" and re.fullmatch(r"[0-9]{1,15}", last_id):
         return min(int(last_id), transcript.end)
     return transcript.find_tail(int(given["tail"])) if "tail" in given else 0
@@ -2197,7 +2196,7 @@ class Command:
         # Python's newer prompt redraws itself with each key, which curl cannot show.
         terminal = {"TERM": "xterm-256color", "PYTHON_BASIC_REPL": "1"} if self.pty else {}
         if self.pty and not self.stdin:  # nobody could press a key
-            terminal.update(dict.fromkeys(("PAGER", "GIT_PAGER", "MANPAGER", "SYSTEMD_PAGER"), "cat"))
+            terminal |= dict.fromkeys(("PAGER", "GIT_PAGER", "MANPAGER", "SYSTEMD_PAGER"), "cat")
         self._environment = {**inherited, "PYTHONUNBUFFERED": "1", **terminal, **self.env}
 
     def _check_options(self) -> None:
@@ -2238,11 +2237,11 @@ class Command:
         `stderr` is where standard error goes unless the command itself says so, `stdin` what standard input is, and
         `variables` are added to the environment.
         """
-        bound: Any = {key: values.get(key, default) for key, default in self.defaults.items()}
+        bound: Any = {**self.defaults, **values}
         for key, value in bound.items():
             if value is None:
                 raise Error(f"parameter {key!r} of {name!r} is required: give it as {key}=...")
-        argv = list(map(partial(self._complete, f" of {name!r}", bound), self._arguments))
+        argv = [self._complete(f" of {name!r}", bound, argument) for argument in self._arguments]
         uses = _MARK.findall("".join(self._arguments))
         if sum(len(bound[use].encode(errors="replace")) for use in uses) > _VALUE_BYTES:
             raise Error(f"the values of {name!r} may have {_VALUE_BYTES} bytes at most, each as often as it is used")
@@ -2254,7 +2253,7 @@ class Command:
         env = {**self._environment, **variables}
         if self.is_shell:
             argv = ["/bin/sh", "-c", _MARK.sub(r"${arg_\1}", self._arguments[0])]
-            env = {**env, **{f"arg_{key}": value for key, value in bound.items()}}
+            env |= {f"arg_{key}": value for key, value in bound.items()}
         stderr = self.stderr or ("merge" if self.pty else stderr)
         cwd = os.fspath(self.cwd) if self.cwd else None
         stdin = "own" if self.is_source else stdin
