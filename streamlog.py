@@ -331,7 +331,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, rule = getattr(self, field.name), field.metadata.get("rule")
+            value = getattr(self, field.name)
+            rule = field.metadata.get("rule")
             if rule and value != field.default:
                 values = value if field.default == () else [value]
                 if isinstance(values, str) or not isinstance(values, Iterable):
@@ -458,7 +459,8 @@ class Server(http.server.ThreadingHTTPServer):
         else be acted on only after the next event."""
         interval = poll_interval if threading.current_thread() is threading.main_thread() else inf
         if self._owner != os.getpid():  # one of several processes that share a listener ends by itself
-            self._owner, self._closing = os.getpid(), _Bell()
+            self._owner = os.getpid()
+            self._closing = _Bell()
             self._site.runs._closing = self._closing
         sweep = 0.0
         while not self._is_closing:
@@ -583,9 +585,11 @@ def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[i
     Raises OSError, and ConfigError for an address that needs a token.
     """
     if listener:
-        family, address = listener.family, listener.getsockname()
+        family = listener.family
+        address = listener.getsockname()
     elif settings.bind.startswith("unix:"):
-        family, address = socket.AF_UNIX, settings.bind[5:]
+        family = socket.AF_UNIX
+        address = settings.bind[5:]
         if not address or "\0" in address:
             raise ConfigError(f"a unix socket needs a path, as in unix:/run/streamlog.sock: {settings.bind!r}")
     else:
@@ -619,7 +623,8 @@ def _clear_socket(path: str) -> None:
 
 def _make_tls_context(settings: Settings) -> ssl.SSLContext | None:
     """TLS 1.2 or newer, for HTTP/1.1, if there is a certificate. Raises ConfigError for files that cannot be used."""
-    cert, key = settings.tls_cert, settings.tls_key or settings.tls_cert
+    cert = settings.tls_cert
+    key = settings.tls_key or cert
     if not cert:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -857,7 +862,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             line = _printable(lines[0])
             request = _parse_head(lines)
             self.close_connection = request.is_last
-            request.read_body = partial(self._read_whole_body, request)
+            request.pieces = self._read_quickly(request)
             request.client = str(self.client_address)
             request.scheme = settings.scheme
             reply = self.server._site.answer(request)
@@ -878,11 +883,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             outcome.reason or "exit",
         )
 
-    def _read_whole_body(self, request: Request, most: int) -> bytes:
-        if request.body_bytes <= most:
-            self._ask_for_body(request)
+    def _read_quickly(self, request: Request) -> Iterator[bytes]:
+        """The body of a request that is answered only when all of it is there."""
+        self._ask_for_body(request)
         with self._within(_BODY_SECONDS, "body"):
-            return _read_whole(_read_body(self.rfile, request), request, most)
+            yield from _read_body(self.rfile, request)
 
     @contextmanager
     def _within(self, seconds: float, part: str = "") -> Iterator[None]:
@@ -1115,11 +1120,21 @@ class Request:
         # media types and ranges, with their weights (RFC 9110 section 12.5.1)
         accepted = map(_ACCEPTED.fullmatch, _split_list(re.sub("[ \t]", "", get("accept", ""))))
         self.accepted = {match[1]: float(match[2] or 1) for match in accepted if match}
-        self.read_body: Callable[[int], bytes] = lambda most: b""  # of so many bytes; the server replaces it
+        self.pieces: Any = None  # of the body, as they come; the server sets it
 
     def header(self, name: str) -> str:
         """The value of a header; empty if it was not sent."""
         return self.headers.get(name, "")
+
+    def read_body(self, most: int) -> bytes:
+        """The body in full. Raises Error if it is too long, before any of it is read if its length is known."""
+        body = bytearray()
+        with closing(self.pieces):
+            for piece in itertools.chain([b""], self.pieces):
+                body += piece
+                if max(len(body), self.body_bytes) > most:
+                    raise Error(f"the body may have {most} bytes at most", 413)
+        return bytes(body)
 
 
 def _read_head(file: io.BufferedIOBase) -> list[str]:
@@ -1186,7 +1201,8 @@ def _parse_headers(lines: Sequence[str]) -> _Texts:
         match = _HEADER_LINE.fullmatch(line)
         if not match:
             raise Error("a header line must be a name, a colon and a value")
-        name, value = match[1].lower(), match[2].strip(" \t")
+        name = match[1].lower()
+        value = match[2].strip(" \t")
         if name in headers:
             if _SINGLE_HEADER.fullmatch(name):
                 raise Error(f"the header {name} may be sent once only")
@@ -1252,16 +1268,6 @@ def _read_chunk_size(file: io.BufferedIOBase) -> int:
     if not match:
         raise Error(demand)
     return int(match[1], 16)
-
-
-def _read_whole(pieces: Iterable[bytes], request: Request, most: int) -> bytes:
-    """A body in full. Raises Error if it is too long."""
-    body = bytearray()
-    for piece in itertools.chain([b""], pieces):
-        body += piece
-        if max(len(body), request.body_bytes) > most:
-            raise Error(f"the body may have {most} bytes at most", 413)
-    return bytes(body)
 
 
 _UNREAD = Request("", "", "", "", {})
@@ -1555,12 +1561,11 @@ class Site:
             return Reply(204, headers)  # an EventSource whose run has ended must not start another
         if request.method == "HEAD":
             return Reply(200, headers)
-        entry.make = _maker(launch)
-        if is_own:  # it is called at once, and returns text or what makes a run
-            result = launch.function(**launch.arguments)
-            if isinstance(result, str):
-                return _text_reply(result)
-            entry.make = result
+        # One of our own is called at once, and returns text or what makes a run.
+        made = launch.function(**launch.arguments) if is_own else _maker(launch)
+        if isinstance(made, str):
+            return _text_reply(made)
+        entry.make = made
         if keeping:
             if takes_input and not request.input:
                 self.runs.check_slot(name, command)
@@ -1577,7 +1582,8 @@ class Site:
         """How the run is kept: "async", "shared", or not at all. Raises Error if it cannot be kept as asked."""
         can_keep = self._can_keep and entry.name in self.commands and not entry.command.is_source
         prefers_async = can_keep and not takes_input and "respond-async" in _split_list(request.header("prefer"))
-        is_async, waits = _is_on(request, "async", "1" if prefers_async else "0"), _is_on(request, "wait")
+        is_async = _is_on(request, "async", "1" if prefers_async else "0")
+        waits = _is_on(request, "wait")
         if (is_async or waits) and not can_keep:
             raise Error("parameters 'wait' and 'async' are not available here")
         if waits and takes_input:
@@ -1593,7 +1599,8 @@ class Site:
         """Start a run that is kept, or join a shared one, and answer from its transcript."""
         if keeping == "async":
             self.runs.keep(entry, request.input)
-            path, format_ = f"-/runs/{entry.id}", request.options.get("format")
+            path = f"-/runs/{entry.id}"
+            format_ = request.options.get("format")
             if "text/html" in request.accepted:
                 return Reply(303, {"Location": f"{path}?format={format_}" if format_ else path})
             headers = {"Location": f"{self._url(request)}/{path}" if self._settings.url else path}
@@ -1659,7 +1666,8 @@ class Site:
             headers["Accept-Ranges"] = "bytes"
         if request.method == "HEAD":
             return Reply(200, headers, length=length)
-        spool, run = self._open_spool(request), entry.view(start, inf if follows else end)
+        spool = self._open_spool(request)
+        run = entry.view(start, inf if follows else end)
         format_ = None  # the bytes as they are, if their offsets or their number are told
         if not wanted and length is None:
             format_ = _FORMATS[options.format][0](options._replace(offset=start), run.clock)
@@ -1713,7 +1721,9 @@ class Site:
             return _json_reply({"runs": [entry.state for entry in entries]})
         text = ""
         for one in entries:
-            line = f"{one.id}  {_timestamp(one.started_at)}  {one.client}  {one.size} bytes  {one}  {one.note}"
+            line = (
+                f"{one.id}  {_timestamp(one.started_at)}  {one.client}  {one.run.output_bytes} bytes  {one}  {one.note}"
+            )
             text += f"{_printable(line)}\n"
         return _text_reply(text)
 
@@ -1724,7 +1734,8 @@ class Site:
 
     def _index(self, request: Request) -> Reply:
         """The commands: as a page, as JSON, or as lines for a shell."""
-        url, commands = self._url(request), self._listed()
+        url = self._url(request)
+        commands = self._listed()
         lines = {name: self.curl_line(url, name, command) for name, command in commands.items()}
         if "text/html" in request.accepted:
             return _index_page(commands, lines, self.commands if self._can_keep else ())
@@ -1828,7 +1839,8 @@ def _negotiate(accepted: Mapping[str, float]) -> str:
 
 def _find_start(transcript: Transcript, request: Request) -> int:
     """The offset in a transcript to begin at."""
-    given, last_id = request.options, request.header("last-event-id")
+    given = request.options
+    last_id = request.header("last-event-id")
     if given.get("format", "sse") == "sse" and re.fullmatch(r"[0-9]{1,15}", last_id):
         return min(int(last_id), transcript.end)
     return transcript.find_tail(int(given["tail"])) if "tail" in given else 0
@@ -1865,14 +1877,10 @@ class _Entry:
         return self.outcome.note if self.outcome else "stopping" if self.run.is_stopping else "running"
 
     @property
-    def size(self) -> int:
-        """The bytes of output so far."""
-        return self.transcript.end if self.transcript else self.run.output_bytes
-
-    @property
     def state(self) -> dict[str, object]:
         """The state, for JSON. Times are RFC 3339, sizes are bytes."""
-        outcome, transcript = self.outcome, self.transcript
+        outcome = self.outcome
+        transcript = self.transcript
         seconds = outcome.seconds if outcome else monotonic() - self.run.started
         return {
             "id": self.id,
@@ -1886,7 +1894,7 @@ class _Entry:
             "exit_code": outcome and outcome.exit_code,
             "signal": outcome and outcome.signal,
             "reason": outcome and (outcome.reason or "exit"),
-            "bytes": self.size,
+            "bytes": self.run.output_bytes,
             "first_byte": transcript and transcript.start,
             "kept": bool(transcript),
         }
@@ -2320,7 +2328,8 @@ def _find_function(task: Any) -> _Function:
 
 def _read_annotation(name: str, annotation: Any) -> Parameter:
     """A parameter for values of a type. Raises LookupError, TypeError or ValueError for a type that is not known."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
     if type(None) in arguments:  # empty text stands for None, as a form sends it
         [inner] = set(arguments) - {type(None)}
         made = _read_annotation(name, inner)
@@ -2439,7 +2448,8 @@ def _diagnostics() -> Iterator[tuple[str, Command]]:
     for line in _DIAGNOSTICS.strip().splitlines():
         name, about, *ways = line.split(" | ")
         for way in ways:
-            needed, shown = re.findall(r"(?<![^ \[])/[^ ]+?(?=\]? |\]?$)", way), way.rpartition("] ")[2]
+            needed = re.findall(r"(?<![^ \[])/[^ ]+?(?=\]? |\]?$)", way)
+            shown = way.rpartition("] ")[2]
             task = {"_load": _load, "_disk": _disk}.get(shown) or (_reading(shown) if shown[0] == "/" else None)
             if all(map(glob.glob, needed)) and (task or shutil.which(shown.split()[0])):
                 # procps takes these for the size of a sample where -w is given; any other top shows all.
@@ -4506,7 +4516,7 @@ def _run_row(entry: _Entry) -> str:
         WHAT=str(entry),
         SINCE=_timestamp(entry.started_at)[:19].replace("T", " "),
         CLIENT=entry.client,
-        BYTES=f"{entry.size:,}",
+        BYTES=f"{entry.run.output_bytes:,}",
         KIND=entry.outcome.kind if entry.outcome else "running",
         STATE=entry.note.strip("[]"),
     )
@@ -4995,11 +5005,10 @@ class _Application:
         request = _UNREAD
         try:
             request = _read_environ(environ)
-            pieces = _read_wsgi_body(environ, request)
-            request.read_body = partial(_read_whole, pieces, request)
+            request.pieces = _read_wsgi_body(environ, request)
             reply = self._site.answer(request)
             if reply.run:
-                answer: Any = self._send(reply, reply.run, request.input or pieces)
+                answer: Any = self._send(reply, reply.run, request.input or request.pieces)
                 next(answer)
         except Error as error:
             reply = _error_reply(error, request)
