@@ -180,6 +180,8 @@ _Fields = list[tuple[str, str]]  # names and values, in their order
 _Events = dict[int, int]  # descriptors to events (poll(2))
 _Function = Callable[..., object]
 _Commands = Mapping[str, "Command"]
+# From where a server can be reached. The mode of a unix socket decides who may connect.
+_Reach = Literal["unix", "loopback", "network"]
 
 _NO_TEXTS: _Texts = MappingProxyType({})
 
@@ -369,14 +371,6 @@ _SWEEP_SECONDS = 60.0  # between looks for runs that are kept no longer
 _BUSY_ANSWER = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
-class Reach(enum.Enum):
-    """From where a server can be reached."""
-
-    UNIX = "a unix socket"  # its mode decides who may connect
-    LOOPBACK = "this machine"
-    NETWORK = "other machines"
-
-
 class Server(http.server.ThreadingHTTPServer):
     """The commands, behind a listening socket. Binds at once: raises OSError or ConfigError if it cannot.
 
@@ -398,7 +392,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family, address, self._reach = _find_address(settings, listener)
         self._tls_context = _make_tls_context(settings)
         self._settings = settings
-        self._socket_path = os.fsdecode(address) if self._reach is Reach.UNIX else ""
+        self._socket_path = os.fsdecode(address) if self._reach == "unix" else ""
         self.port, self.url = 0, f"unix:{self._socket_path}"  # others are known once they are bound
         self._closing = _Bell()  # every thread polls it beside its own work
         self._site = Site(commands, settings, self._reach, self._socket_path, self._closing)
@@ -579,7 +573,7 @@ class Server(http.server.ThreadingHTTPServer):
         return self._site.runs.join(deadline) and are_gone
 
 
-def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[int, Any, Reach]:
+def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[int, Any, _Reach]:
     """The address family, the address in it, and from where that can be reached.
 
     Raises OSError, and ConfigError for an address that needs a token.
@@ -596,7 +590,7 @@ def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[i
         # What this machine can use comes first (RFC 6724): it may have no IPv6, or nothing else.
         family, *_, address = socket.getaddrinfo(settings.bind, settings.port, type=socket.SOCK_STREAM)[0]
     if family == socket.AF_UNIX:
-        return family, address, Reach.UNIX
+        return family, address, "unix"
     is_loopback = ipaddress.ip_address(address[0]).is_loopback
     if not (is_loopback or settings.token or settings.no_auth):
         raise ConfigError(
@@ -604,7 +598,7 @@ def _find_address(settings: Settings, listener: socket.socket | None) -> tuple[i
             f"{settings._name('token')}), bind (or ListenStream=) 127.0.0.1 and connect through ssh -L, or allow it by "
             f"{settings._name('no_auth')}"
         )
-    return family, address, Reach.LOOPBACK if is_loopback else Reach.NETWORK
+    return family, address, "loopback" if is_loopback else "network"
 
 
 def _clear_socket(path: str) -> None:
@@ -872,15 +866,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         forwarded = f' forwarded="{_printable(chain)}"' if chain else ""
         outcome = self._send_run(request, reply, reply.run) if reply.run else self._send_whole(request, reply)
         _log.info(
-            'client=%s%s request="%s" status=%d exit=%s bytes=%d seconds=%.3f end="%s"',
-            self.client_address,
-            forwarded,
-            line,
-            client.status,
-            outcome.exit_code if outcome.is_final else "-",
-            client.body_bytes,
-            monotonic() - started,
-            outcome.reason or "exit",
+            f'client={self.client_address}{forwarded} request="{line}" status={client.status} '
+            f"exit={outcome.exit_code if outcome.is_final else '-'} bytes={client.body_bytes} "
+            f'seconds={monotonic() - started:.3f} end="{outcome.reason or "exit"}"'
         )
 
     def _read_quickly(self, request: Request) -> Iterator[bytes]:
@@ -1298,7 +1286,7 @@ def _may_only_look() -> Error:
 class Access:
     """The rules for Host, Origin and token."""
 
-    def __init__(self, settings: Settings, reach: Reach) -> None:
+    def __init__(self, settings: Settings, reach: _Reach) -> None:
         tokens = {"token": settings.token, "read-token": settings.read_token}
         self._tokens = {name: token.encode() for name, token in tokens.items() if token}
         self._name = settings._name
@@ -1314,12 +1302,12 @@ class Access:
             "Content-Security-Policy": " ".join(["frame-ancestors 'self'", *sorted(self._origins)]),
             **({"Vary": "Origin"} if self._origins else {"Cross-Origin-Resource-Policy": "same-origin"}),
         }
-        self._is_on_network = reach is Reach.NETWORK
+        self._is_on_network = reach == "network"
         self._hosts = {"localhost", *(host.lower().rstrip(".") for host in settings.allow_hosts)}
         if self._is_on_network:
             self._hosts.add(socket.gethostname().lower())
         # DNS cannot point at a unix socket, and an attacker's page has no token: unless names are listed, any will do.
-        is_exposed = reach is Reach.LOOPBACK or (self._is_on_network and not self._tokens)
+        is_exposed = reach == "loopback" or (self._is_on_network and not self._tokens)
         self._checks_host = is_exposed or bool(settings.allow_hosts)
 
     def check(self, request: Request) -> None:
@@ -1450,7 +1438,12 @@ class Site:
     """The commands behind their URLs. Without a `closing` bell, as under WSGI, no run outlives its client."""
 
     def __init__(
-        self, commands: _Commands, settings: Settings, reach: Reach, socket_path: str = "", closing: _Bell | None = None
+        self,
+        commands: _Commands,
+        settings: Settings,
+        reach: _Reach,
+        socket_path: str = "",
+        closing: _Bell | None = None,
     ) -> None:
         if sum(command.is_source for command in commands.values()) > 1:
             raise ConfigError("standard input can be served only once: leave one NAME=-")
@@ -4998,7 +4991,7 @@ class _Application:
 
     def __init__(self, commands: _Commands, settings: Settings) -> None:
         # It cannot see where its server listens. A client that has the token may come from anywhere.
-        self._site = Site(commands, settings, Reach.NETWORK if settings.token else Reach.LOOPBACK)
+        self._site = Site(commands, settings, "network" if settings.token else "loopback")
         _watch_program()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -5381,7 +5374,7 @@ def _take_signals(can_reload: bool) -> tuple[_Bell, set[signal.Signals]]:
 def _announce(server: Server, commands: _Commands, options: _Flags) -> None:
     """Print where the server listens, and how curl runs each command."""
     settings = server._settings
-    if server._reach is Reach.NETWORK and not (settings.token and settings.tls_cert):
+    if server._reach == "network" and not (settings.token and settings.tls_cert):
         _log.warning(
             "the token goes to %s in the clear: use --tls-cert, or a proxy with TLS in front"
             if settings.token

@@ -1033,7 +1033,7 @@ class Limits(ServerCase):
             self.assertEqual(self.active_runs(server, "x"), 0)
 
     def test_a_header_is_never_broken_out_of(self) -> None:
-        access = streamlog.Access(streamlog.Settings(), streamlog.Reach.LOOPBACK)
+        access = streamlog.Access(streamlog.Settings(), "loopback")
         request = streamlog.Request("GET", "/", "", "localhost", {})
         for value in ("a\r\nb", "a\nb", "a\0", "\x85"):
             with self.assertRaises(ValueError):
