@@ -2238,7 +2238,7 @@ class Command:
         `stderr` is where standard error goes unless the command itself says so, `stdin` what standard input is, and
         `variables` are added to the environment.
         """
-        bound: Any = {**self.defaults, **values}
+        bound: Any = {key: values.get(key, default) for key, default in self.defaults.items()}
         for key, value in bound.items():
             if value is None:
                 raise Error(f"parameter {key!r} of {name!r} is required: give it as {key}=...")
