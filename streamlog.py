@@ -451,19 +451,16 @@ class Server(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown. The main thread looks up at intervals: a signal that comes right before it waits would
         else be acted on only after the next event."""
-        interval = poll_interval if threading.current_thread() is threading.main_thread() else inf
+        interval = poll_interval if threading.current_thread() is threading.main_thread() else _SWEEP_SECONDS
         if self._owner != os.getpid():  # one of several processes that share a listener ends by itself
             self._owner = os.getpid()
             self._closing = _Bell()
             self._site.runs._closing = self._closing
-        sweep = 0.0
         while not self._is_closing:
             watched = {self._closing.descriptor: POLLIN, self.fileno(): POLLIN}
             try:
-                if monotonic() >= sweep:  # what is too old goes even if nobody looks
-                    self._site.runs.listed()
-                    sweep = monotonic() + _SWEEP_SECONDS
-                if self.fileno() in _poll(watched, min(sweep, monotonic() + interval)):
+                self._site.runs.listed()  # what is too old goes even if nobody looks
+                if self.fileno() in _poll(watched, monotonic() + interval):
                     self._accept()
             except (BlockingIOError, ConnectionAbortedError):  # the client has left already
                 pass
@@ -1244,7 +1241,7 @@ def _read_body(file: io.BufferedIOBase, request: Request) -> Iterator[bytes]:
             left = _read_chunk_size(file)
     room = _TRAILER_BYTES + 2  # for the empty line
     demand = f"what follows the body must be header lines, and {_TRAILER_BYTES} bytes at most"
-    while request.is_chunked and (line := _read_line(file, min(room, _CHUNK_LINE_BYTES), demand)):
+    while request.is_chunked and (line := _read_line(file, room, demand)):
         room -= len(line) + 2
         if not _HEADER_LINE.fullmatch(line):
             raise Error(demand)
@@ -1453,7 +1450,7 @@ class Site:
         self._can_keep = closing is not None
         self.access = Access(settings, reach)
         self.runs = _Runs(settings, closing)
-        self.clients: Collection[object] = self.runs.active  # the server puts its own here
+        self.clients: set[Any] = self.runs.active  # the server puts its own here
         self._pages = {
             "/": self._index,
             "/-/metrics": lambda _: _text_reply(self.runs.metrics(len(self.clients)), 200, _METRICS_HEADERS),
@@ -1528,7 +1525,7 @@ class Site:
         """Run a command, and answer with its output."""
         sort = partial(_sort_fields, name, command.parameters, known=_INPUT_OPTIONS if command.stdin else _RUN_OPTIONS)
         values, request.options = sort(request.fields)
-        takes_input = command.is_source or (command.stdin and request.has_body)
+        takes_input = command.stdin and request.has_body
         if request.has_body and (not command.stdin or "-" in request.options):
             self.runs.check_slot(name, command)
             fields = _parse_form(request)
@@ -1640,7 +1637,7 @@ class Site:
         wanted = re.fullmatch(r"bytes=([0-9]{1,15})-", request.range) if can_range else None
         start = int(wanted[1]) if wanted else _find_start(transcript, request)
         # What has no end yet, or was cut, may go on behind the last byte.
-        is_open = follows and (outcome is None or bool(outcome.reason))
+        is_open = follows and (not outcome or bool(outcome.reason))
         if wanted and not transcript.start <= start < end + is_open:
             what = f"there are only {end} bytes"
             if start < transcript.start:
@@ -1660,7 +1657,8 @@ class Site:
         if request.method == "HEAD":
             return Reply(200, headers, length=length)
         spool = self._open_spool(request)
-        run = entry.view(start, inf if follows else end)
+        run = _Replay(transcript, start, entry.leave, inf if follows else end)  # before the viewer counts: it may fail
+        entry.enter()
         format_ = None  # the bytes as they are, if their offsets or their number are told
         if not wanted and length is None:
             format_ = _FORMATS[options.format][0](options._replace(offset=start), run.clock)
@@ -1688,7 +1686,7 @@ class Site:
             headers["Content-Type"] = _FORMATS[format_][1]
         if format_ == "html":
             headers["Content-Security-Policy"] = _VIEW_POLICY
-        options = Options(
+        return Options(
             format_,
             notes,
             timestamps=_is_on(request, "timestamps"),
@@ -1698,8 +1696,7 @@ class Site:
             head=_view_head(entry, request, self._can_keep),
             is_report=command.is_report,
             columns=(command.terminal or self._settings.terminal_size)[0],
-        )
-        return options, headers
+        ), headers
 
     def _list_runs(self, request: Request) -> Reply:
         """The runs: as a page that reloads itself, as JSON, or one a line."""
@@ -1896,12 +1893,6 @@ class _Entry:
     def goes_on(self) -> bool:
         """Whether a viewer may still join the run. Standard input is served even when it has ended."""
         return self.command.is_source or not (self.run.reason or self.ended)
-
-    def view(self, offset: int, stop: float) -> _Replay:
-        """A run that replays this one from an offset, and follows it to its end or to the offset `stop`."""
-        run = _Replay(self.transcript, offset, self.leave, stop)  # before the viewer counts: it may fail
-        self.enter()
-        return run
 
     def enter(self) -> None:
         """Count a viewer. `leave` must follow."""
