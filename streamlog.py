@@ -393,7 +393,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._tls_context = _make_tls_context(settings)
         self._settings = settings
         self._socket_path = os.fsdecode(address) if self._reach == "unix" else ""
-        self.port, self.url = 0, f"unix:{self._socket_path}"  # others are known once they are bound
+        self.port = 0
+        self.url = f"unix:{self._socket_path}"  # others are known once they are bound
         self._closing = _Bell()  # every thread polls it beside its own work
         self._site = Site(commands, settings, self._reach, self._socket_path, self._closing)
         self._owner = os.getpid()
@@ -505,7 +506,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self._is_closing:  # the listener may be closed already
             return
         self._evict()
-        _poll({self._closing.descriptor: POLLIN}, monotonic() + 0.1)
+        time.sleep(0.1)
         if monotonic() >= self._warned_at + 60:
             self._warned_at = monotonic()
             _log.warning("cannot serve a new connection: %r", error)  # a host program may have filters that fail
@@ -970,8 +971,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         outcome = run.outcome
         end = {"Exit-Code": str(outcome.exit_code)}
         if spool.start:  # the beginning is lost
-            limit = self.server._settings._name("transcript_bytes")
-            text = f"the answer has {spool.end} bytes, more than is kept: leave out ?wait, or raise {limit}\n"
+            text = (
+                f"the answer has {spool.end} bytes, more than is kept: leave out ?wait, or raise "
+                f"{self.server._settings._name('transcript_bytes')}\n"
+            )
             self._send_whole(request, _text_reply(text, 507, end))
             return
         status = 500 if outcome.exit_code or outcome.reason else 200
@@ -1087,23 +1090,22 @@ class Request:
     prefix: str = ""  # where the site is mounted
 
     def __post_init__(self) -> None:
-        get = self.headers.get
         self.host = re.sub(":[0-9]*$", "", self.authority).lower()
         self.is_chunked = "transfer-encoding" in self.headers
-        self.body_bytes = int(get("content-length", "0"))
+        self.body_bytes = int(self.header("content-length") or 0)
         self.has_body = self.is_chunked or self.body_bytes > 0
         # RFC 9112 section 9.6; what is left of a body must not be read as a request
-        self.is_last = self.is_http_1_0 or self.has_body or "close" in _split_list(get("connection", ""))
-        self.wants_trailers = "trailers" in _split_list(get("te", ""))
+        self.is_last = self.is_http_1_0 or self.has_body or "close" in _split_list(self.header("connection"))
+        self.wants_trailers = "trailers" in _split_list(self.header("te"))
         self.fields = _parse_query(self.query)
         self.root = "../" * (self.path.count("/") - 1) or "./"  # the site, as a relative URL
         self.client = self.user = ""  # its address, and the token that it has
         self.input: list[bytes] = []  # of the command, if it is a field of a form
         self.options: _Texts = {}  # the server's own among the fields, once the site has told them apart
         # Our answers have no validator, so no If-Range is met (RFC 9110 section 13.1.5).
-        self.range = "" if self.method == "HEAD" or "if-range" in self.headers else get("range", "")
+        self.range = "" if self.method == "HEAD" or "if-range" in self.headers else self.header("range")
         # media types and ranges, with their weights (RFC 9110 section 12.5.1)
-        accepted = map(_ACCEPTED.fullmatch, _split_list(re.sub("[ \t]", "", get("accept", ""))))
+        accepted = map(_ACCEPTED.fullmatch, _split_list(re.sub("[ \t]", "", self.header("accept"))))
         self.accepted = {match[1]: float(match[2] or 1) for match in accepted if match}
         self.pieces: Any = None  # of the body, as they come; the server sets it
 
@@ -1140,9 +1142,9 @@ def _read_head(file: io.BufferedIOBase) -> list[str]:
 def _read_line(file: io.BufferedIOBase, limit: int, too_long: str, status: int = 400) -> str:
     """A line without its end, which counts too. Raises Error if it exceeds the limit, and _Gone if it breaks off."""
     line = file.readline(limit).decode("latin-1")
-    if line[-2:] == "\r\n":
+    if line.endswith("\r\n"):
         return line[:-2]
-    if line[-1:] == "\n":
+    if line.endswith("\n"):
         raise Error("lines of a request end in CRLF")
     raise Error(too_long, status) if len(line) == limit else _Gone(_CLIENT_GONE)
 
@@ -1241,7 +1243,7 @@ def _read_body(file: io.BufferedIOBase, request: Request) -> Iterator[bytes]:
             left = _read_chunk_size(file)
     room = _TRAILER_BYTES + 2  # for the empty line
     demand = f"what follows the body must be header lines, and {_TRAILER_BYTES} bytes at most"
-    while request.is_chunked and (line := _read_line(file, room, demand)):
+    while request.is_chunked and (line := _read_line(file, min(room, _CHUNK_LINE_BYTES), demand)):
         room -= len(line) + 2
         if not _HEADER_LINE.fullmatch(line):
             raise Error(demand)
@@ -1307,15 +1309,19 @@ class Access:
         is_exposed = reach == "loopback" or (self._is_on_network and not self._tokens)
         self._checks_host = is_exposed or bool(settings.allow_hosts)
 
-    def check(self, request: Request) -> None:
-        """Raise Error for a request that must not be answered."""
+    def check(self, request: Request) -> bool:
+        """Raise Error for a request that must not be answered. Returns whether a browser asks what a page of an allowed
+        origin may do (a preflight), which is answered without a token."""
+        asks = request.method == "OPTIONS" and "access-control-request-method" in request.headers
+        is_preflight = asks and self._is_allowed_origin(request)
         if self._checks_host and request.authority:
             self._check_host(request.host)
         self._check_site(request)
-        if self._tokens and not self.is_preflight(request) and request.path != "/-/healthy":
+        if self._tokens and not is_preflight and request.path != "/-/healthy":
             request.user = self._find_token(request.header("authorization"))
             if request.user == "read-token" and request.method not in ("GET", "HEAD", "OPTIONS"):
                 raise _may_only_look()
+        return is_preflight
 
     def _check_host(self, host: str) -> None:
         """Refuse a name that is not this server's: an attacker could point a name of theirs here (DNS rebinding)."""
@@ -1325,8 +1331,10 @@ class Access:
         with suppress(ValueError):
             if ipaddress.ip_address(name.strip("[]")).is_loopback or self._is_on_network:
                 return
-        way = self._name("allow_hosts")
-        raise Error(f"the host {host[:200]!r} is not this server's: use localhost, an address, or {way}", 403)
+        raise Error(
+            f"the host {host[:200]!r} is not this server's: use localhost, an address, or {self._name('allow_hosts')}",
+            403,
+        )
 
     def _check_site(self, request: Request) -> None:
         """Refuse what another site's page has asked for, and what a browser fetches before its user asks."""
@@ -1342,16 +1350,13 @@ class Access:
             is_own = is_visit or site in ("same-origin", "none")
         if not is_own and not self._is_allowed_origin(request):
             who = _printable(get("origin") or site or "")
-            way = self._name("allow_origins")
-            raise Error(f"a page of another site ({who}) may not use this server: {way} would let it", 403)
+            raise Error(
+                f"a page of another site ({who}) may not use this server: {self._name('allow_origins')} would let it",
+                403,
+            )
 
     def _is_allowed_origin(self, request: Request) -> bool:
         return request.header("origin").lower() in self._origins
-
-    def is_preflight(self, request: Request) -> bool:
-        """Whether a browser asks what a page of an allowed origin may do. It is answered without a token."""
-        asks = request.method == "OPTIONS" and "access-control-request-method" in request.headers
-        return asks and self._is_allowed_origin(request)
 
     def _find_token(self, authorization: str) -> str:
         """Which token a request has, as Bearer or as the password of Basic (RFC 6750, RFC 7617). Raises Error."""
@@ -1485,8 +1490,7 @@ class Site:
 
         The request's body is read only when everything else has been found right.
         """
-        self.access.check(request)
-        if self.access.is_preflight(request):
+        if self.access.check(request):
             return _NO_CONTENT
         answers = self._find(request.path)
         if not answers:
@@ -1607,8 +1611,7 @@ class Site:
         """Show a kept run, tell the state of another, or stop it; what is kept of one that has ended is dropped."""
         entry = self.runs.find(request.path[len("/-/runs/") :])
         stops = request.method in ("DELETE", "POST")
-        known = _STOP_OPTIONS if stops else _REPLAY_OPTIONS
-        _, request.options = _sort_fields("/-/runs", {}, request.fields, known)
+        _, request.options = _sort_fields("/-/runs", {}, request.fields, _STOP_OPTIONS if stops else _REPLAY_OPTIONS)
         if stops:
             if entry.ended and (request.method == "DELETE" or _is_on(request, "drop")):
                 self.runs.drop(entry)
@@ -1759,10 +1762,7 @@ class Site:
 
 
 def _sort_fields(
-    name: str,
-    parameters: _Parameters,
-    fields: _Fields,
-    known: Mapping[str, tuple[str, str]],
+    name: str, parameters: _Parameters, fields: _Fields, known: Mapping[str, tuple[str, str]]
 ) -> tuple[_Texts, _Texts]:
     """Part the fields of a request into values of parameters and the server's own options. Raises Error."""
     values: dict[str, str] = {}
@@ -2217,12 +2217,7 @@ class Command:
         return marked
 
     def bind(
-        self,
-        name: str,
-        values: _Texts,
-        stderr: str = "merge",
-        stdin: str = "none",
-        variables: _Texts = _NO_TEXTS,
+        self, name: str, values: _Texts, stderr: str = "merge", stdin: str = "none", variables: _Texts = _NO_TEXTS
     ) -> Union[Launch, Call]:
         """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text.
 
@@ -2267,7 +2262,7 @@ class Command:
         # Behind a letter, as in -Idir, a path may begin too; and a shell removes quotes.
         plain = re.sub(r"[\"'\\]", "", argument) if self.is_shell else argument
         apart = re.sub(r"(?<=[^\W_])(?=\.?\0)", "/", plain)
-        paths = {**bound, **{key: "x" for key, one in self.parameters.items() if one.type == "text"}}
+        paths = {key: value for key, value in bound.items() if self.parameters[key].type != "text"}
         filled = _MARK.sub(lambda mark: paths.get(mark[1], "x"), apart)
         if len(_UP.findall(filled)) > len(_UP.findall(_MARK.sub("x", apart))):
             raise Error(f"the values{of} must not make up '..': {text[:200]!r}")
