@@ -1556,7 +1556,7 @@ class Site:
         if request.method == "HEAD":
             return Reply(200, headers)
         # One of our own is called at once, and returns text or what makes a run.
-        made = launch.function(**launch.arguments) if is_own else _maker(launch)
+        made = launch() if is_own else _maker(launch)
         if isinstance(made, str):
             return _text_reply(made)
         entry.make = made
@@ -1787,8 +1787,7 @@ def _variables(command: Command, request: Request) -> _Texts:
     """What a command is told of the request, as CGI does (RFC 3875 section 4.1)."""
     told = {"REMOTE_ADDR": request.client.rpartition(":")[0] or request.client, "REMOTE_USER": request.user}
     for name in command.headers:
-        value = request.header(name.lower()).encode("latin-1")
-        told[f"HTTP_{name.upper().replace('-', '_')}"] = os.fsdecode(value)
+        told[f"HTTP_{name.upper().replace('-', '_')}"] = os.fsdecode(request.header(name.lower()).encode("latin-1"))
     return told
 
 
@@ -2049,30 +2048,16 @@ _Pty = Union[bool, Literal["echo"]]
 
 
 class Launch(NamedTuple):
-    """One execution of a program that is to be started: what subprocess needs to know."""
+    """One execution of a command's program that is to be started."""
 
+    command: Command
     argv: Sequence[str]
     env: _Texts
-    cwd: str | None
     stderr: str
     stdin: str  # "none", "pipe", which on a terminal is the terminal, or "own", this program's
-    pty: _Pty
-    terminal: tuple[int, int] | None  # its columns and lines; None: as the server has it
-    stop: int  # the signal that asks it to end
 
     def __str__(self) -> str:
         return shlex.join(self.argv)
-
-
-class Call(NamedTuple):
-    """One execution of a task that is to be started."""
-
-    function: _Function
-    arguments: Mapping[str, object]
-
-    def __str__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
-        return f"{getattr(self.function, '__qualname__', self.function)}({arguments})"
 
 
 _PASSED_HEADER = re.compile("(?i)(?!(?:proxy|(?:proxy-)?authorization|(?:set-)?cookie2?)$)[a-z0-9-]+")
@@ -2218,7 +2203,7 @@ class Command:
 
     def bind(
         self, name: str, values: _Texts, stderr: str = "merge", stdin: str = "none", variables: _Texts = _NO_TEXTS
-    ) -> Union[Launch, Call]:
+    ) -> Union[Launch, partial[Any]]:
         """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text.
 
         `stderr` is where standard error goes unless the command itself says so, `stdin` what standard input is, and
@@ -2234,7 +2219,7 @@ class Command:
             raise Error(f"the values of {name!r} may have {_VALUE_BYTES} bytes at most, each as often as it is used")
         if callable(self.command):
             try:
-                return Call(self.command, {key: self.parameters[key].read(value) for key, value in bound.items()})
+                return partial(self.command, **{key: self.parameters[key].read(value) for key, value in bound.items()})
             except ValueError as error:  # Python reads no int of thousands of digits
                 raise Error(f"a value of {name!r} cannot be read: {error}") from None
         env = {**self._environment, **variables}
@@ -2242,9 +2227,7 @@ class Command:
             argv = ["/bin/sh", "-c", _MARK.sub(r"${arg_\1}", self._arguments[0])]
             env |= {f"arg_{key}": value for key, value in bound.items()}
         stderr = self.stderr or ("merge" if self.pty else stderr)
-        cwd = os.fspath(self.cwd) if self.cwd else None
-        stdin = "own" if self.is_source else stdin
-        return Launch(argv, env, cwd, stderr, stdin, self.pty, self.terminal, signal.Signals[f"SIG{self.stop}"])
+        return Launch(self, argv, env, stderr, "own" if self.is_source else stdin)
 
     def _complete(self, of: str, bound: _Texts, argument: str) -> str:
         """Put values into an argument, or into a script. Raises Error for one that must not stand there."""
@@ -2489,7 +2472,7 @@ _Action = Callable[[], object]
 _Maker = Callable[[Settings, Optional[float], _Action], "Run"]
 
 
-def _maker(launch: Launch | Call) -> _Maker:
+def _maker(launch: Launch | partial[Any]) -> _Maker:
     return partial(Process, launch) if isinstance(launch, Launch) else partial(Task, launch)
 
 
@@ -3048,7 +3031,7 @@ class Process(Run):
             raise
         self._held.callback(release)
         self.pid = process.pid  # of the leader, and of its group
-        self._stop_signal = launch.stop
+        self._stop_signal = signal.Signals[f"SIG{launch.command.stop}"]
         self._groups = {self.pid}
         self.takes_input = launch.stdin == "pipe"
         self._stdin = process.stdin if self.takes_input else None
@@ -3061,7 +3044,7 @@ class Process(Run):
                     self._held.push(file)  # that has closed its files and is about to exit
                 else:
                     self.outputs[file.fileno()] = stream, file
-        self._terminal = next(iter(self.outputs)) if launch.pty else None
+        self._terminal = next(iter(self.outputs)) if launch.command.pty else None
         if settings.child_nofile:
             with suppress(AttributeError, OSError, ValueError):  # it needs Linux; the process may have ended already
                 resource.prlimit(self.pid, resource.RLIMIT_NOFILE, settings.child_nofile)
@@ -3200,17 +3183,18 @@ _ON_TERMINAL = ("/bin/sh", "-c", ': <>"$0" && exec "$@"')
 def _spawn(launch: Launch, settings: Settings) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, with pipes or on a terminal (pty(7)), of which it has our end in their
     place. Raises Error, 500 or 503."""
+    command = launch.command
     argv, env, theirs = launch.argv, launch.env, subprocess.PIPE
     terminal = []
     try:
-        if launch.pty:
+        if command.pty:
             if not shutil.which(argv[0], path=env.get("PATH")):
                 raise FileNotFoundError(errno.ENOENT, "No such file or directory")
             ours, theirs = os.openpty()
             terminal.append(_own(ours))
             terminal.append(_own(os.dup(ours), "wb"))
-            columns, lines = launch.terminal or settings.terminal_size
-            _set_terminal(theirs, lines, columns, launch.pty == "echo")
+            columns, lines = command.terminal or settings.terminal_size
+            _set_terminal(theirs, lines, columns, command.pty == "echo")
             argv, env = (
                 [*_ON_TERMINAL, os.ttyname(theirs), *argv],
                 {**env, "COLUMNS": f"{columns}", "LINES": f"{lines}"},
@@ -3221,7 +3205,7 @@ def _spawn(launch: Launch, settings: Settings) -> subprocess.Popen[bytes]:
             stdin={"none": subprocess.DEVNULL, "own": 0, "pipe": theirs}[launch.stdin],
             stdout=theirs,
             stderr=_STDERR[launch.stderr],
-            cwd=launch.cwd,
+            cwd=command.cwd,
             env=env,
             start_new_session=True,
         )
@@ -3231,7 +3215,7 @@ def _spawn(launch: Launch, settings: Settings) -> subprocess.Popen[bytes]:
         number = getattr(error, "errno", 0)
         if number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
             raise _shortage(error) from None
-        where = f" in {launch.cwd!r}" if launch.cwd else ""
+        where = f" in {os.fspath(command.cwd)!r}" if command.cwd else ""
         hint = " (a script needs a #! line)" if number == errno.ENOEXEC else ""
         why = f"{getattr(error, 'strerror', None) or error}{hint}"
         raise Error(f"cannot start {launch.argv[0]!r}{where}: {why}", 500) from None
@@ -3320,15 +3304,16 @@ class Task(Run):
     refusal: Error | None = None  # that it raised before it wrote anything
     has_written = False
 
-    def __init__(self, call: Call, settings: Settings, timeout: float | None, release: _Action) -> None:
-        super().__init__(f"task {call}", settings, timeout)
+    def __init__(self, call: partial[Any], settings: Settings, timeout: float | None, release: _Action) -> None:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in call.keywords.items())
+        super().__init__(f"task {getattr(call.func, '__qualname__', call.func)}({arguments})", settings, timeout)
         self._write_lock = Lock()  # guards the writer: threads that the task starts may log, too
         reader, writer = os.pipe()
         self.outputs[reader] = "stdout", _own(reader)
         self._writer = io.FileIO(writer, "wb")  # a write to it waits for the client
         _files.add(self._writer)
         run = contextvars.copy_context().run
-        name = getattr(call.function, "__qualname__", "")  # without values, for all see the names of threads
+        name = getattr(call.func, "__qualname__", "")  # without values, for all see the names of threads
         try:
             _start_thread(f"streamlog-task {name}", run, self._perform, call, release)
         except RuntimeError:
@@ -3359,13 +3344,13 @@ class Task(Run):
                 pass
         return self.refusal
 
-    def _perform(self, call: Call, release: _Action) -> None:
+    def _perform(self, call: _Action, release: _Action) -> None:
         """Call the function, in its thread, which may outlast the run: it gives the slot back."""
         _task.set(self)
         code, text, failed = 1, "", None
         try:
             with _program_log.watch():
-                self._write_result(call.function(**call.arguments))
+                self._write_result(call())
             code = 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -4760,7 +4745,7 @@ def stream(command: _Given, /, **values: object) -> Stream:
             inspect.signature(task).bind(**values)
         except TypeError as error:
             raise Error(f"the task cannot be called with these values: {error}") from None
-        launch: Launch | Call = Call(task, values)
+        launch: Launch | partial[Any] = partial(task, **values)
     else:
         made = made or Command(task)
         texts, _ = _sort_fields("stream", made.parameters, [(name, _text_of(one)) for name, one in values.items()], {})
