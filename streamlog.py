@@ -1091,6 +1091,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.host = re.sub(":[0-9]*$", "", self.authority).lower()
+        self.origin = self.header("origin").lower()
         self.is_chunked = "transfer-encoding" in self.headers
         self.body_bytes = int(self.header("content-length") or 0)
         self.has_body = self.is_chunked or self.body_bytes > 0
@@ -1107,6 +1108,7 @@ class Request:
         # media types and ranges, with their weights (RFC 9110 section 12.5.1)
         accepted = map(_ACCEPTED.fullmatch, _split_list(re.sub("[ \t]", "", self.header("accept"))))
         self.accepted = {match[1]: float(match[2] or 1) for match in accepted if match}
+        self.wants_page = "text/html" in self.accepted
         self.pieces: Any = None  # of the body, as they come; the server sets it
 
     def header(self, name: str) -> str:
@@ -1313,7 +1315,7 @@ class Access:
         """Raise Error for a request that must not be answered. Returns whether a browser asks what a page of an allowed
         origin may do (a preflight), which is answered without a token."""
         asks = request.method == "OPTIONS" and "access-control-request-method" in request.headers
-        is_preflight = asks and self._is_allowed_origin(request)
+        is_preflight = asks and request.origin in self._origins
         if self._checks_host and request.authority:
             self._check_host(request.host)
         self._check_site(request)
@@ -1348,15 +1350,12 @@ class Access:
         else:
             is_visit = request.path == "/" and get("sec-fetch-mode") == "navigate"  # which runs nothing
             is_own = is_visit or site in ("same-origin", "none")
-        if not is_own and not self._is_allowed_origin(request):
+        if not is_own and request.origin not in self._origins:
             who = _printable(get("origin") or site or "")
             raise Error(
                 f"a page of another site ({who}) may not use this server: {self._name('allow_origins')} would let it",
                 403,
             )
-
-    def _is_allowed_origin(self, request: Request) -> bool:
-        return request.header("origin").lower() in self._origins
 
     def _find_token(self, authorization: str) -> str:
         """Which token a request has, as Bearer or as the password of Basic (RFC 6750, RFC 7617). Raises Error."""
@@ -1373,7 +1372,7 @@ class Access:
 
     def headers(self, request: Request) -> _Texts:
         """The headers of every answer; some say which pages may read and frame it."""
-        if not self._is_allowed_origin(request):
+        if request.origin not in self._origins:
             return self._headers
         return {**self._headers, "Access-Control-Allow-Origin": request.headers["origin"], **_CORS_HEADERS}
 
@@ -1426,7 +1425,7 @@ def _text_reply(text: str, status: int = 200, headers: _Texts = _NO_TEXTS) -> Re
 
 def _error_reply(error: Error, request: Request) -> Reply:
     """A refusal: a line of text, or a page with a way back for a browser."""
-    if "text/html" not in request.accepted:
+    if not request.wants_page:
         return _text_reply(f"{error}\n", error.status, error.headers)
     markup = {"ROOT": request.root, "TEXT": html.escape(str(error))}
     return _page_reply(HTTPStatus(error.status).phrase, _ERROR, markup, error.headers, error.status)
@@ -1544,7 +1543,7 @@ class Site:
         keeping = self._find_keeping(entry, request, takes_input)
         if re.fullmatch("bytes=0*[1-9][0-9]*-", request.range):
             raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
-        spool = self._open_spool(request)
+        spool = _open_transcript(self._settings, self._settings.transcript_bytes) if _is_on(request, "wait") else None
         stderr = "merge" if options.format == "text" and not keeping else "separate"
         launch: Any = command.bind(
             name, values, stderr, "pipe" if takes_input else "none", _variables(command, request)
@@ -1567,10 +1566,6 @@ class Site:
             return self._keep(keeping, entry, request)
         run = self.runs.start(entry)
         return Reply(200, headers, run=run, format=_FORMATS[options.format][0](options), name=name, spool=spool)
-
-    def _open_spool(self, request: Request) -> Transcript | None:
-        """Where the output of a run is held whose end is waited for. Raises Error."""
-        return _open_transcript(self._settings, self._settings.transcript_bytes) if _is_on(request, "wait") else None
 
     def _find_keeping(self, entry: _Entry, request: Request, takes_input: bool) -> str:
         """How the run is kept: "async", "shared", or not at all. Raises Error if it cannot be kept as asked."""
@@ -1595,7 +1590,7 @@ class Site:
             self.runs.keep(entry, request.input)
             path = f"-/runs/{entry.id}"
             format_ = request.options.get("format")
-            if "text/html" in request.accepted:
+            if request.wants_page:
                 return Reply(303, {"Location": f"{path}?format={format_}" if format_ else path})
             headers = {"Location": f"{self._url(request)}/{path}" if self._settings.url else path}
             if "application/json" in request.accepted:
@@ -1618,7 +1613,7 @@ class Site:
             entry.run.stop(_ON_REQUEST)
             if _is_on(request, "quiet"):  # a page goes on to show the run
                 return _NO_CONTENT
-            if "text/html" in request.accepted:
+            if request.wants_page:
                 return Reply(303, {"Location": "../runs"})
             return _json_reply(entry.state, 202)
         if not entry.transcript or ("application/json" in request.accepted and "format" not in request.options):
@@ -1659,7 +1654,7 @@ class Site:
             headers["Accept-Ranges"] = "bytes"
         if request.method == "HEAD":
             return Reply(200, headers, length=length)
-        spool = self._open_spool(request)
+        spool = _open_transcript(self._settings, self._settings.transcript_bytes) if waits else None
         run = _Replay(transcript, start, entry.leave, inf if follows else end)  # before the viewer counts: it may fail
         entry.enter()
         format_ = None  # the bytes as they are, if their offsets or their number are told
@@ -1678,7 +1673,7 @@ class Site:
                 raise Error(f"parameter 'format' is not available: the output is {command.type}, and sent as it is")
             return Options(notes="never"), headers
         # A person wants to see the end; to a program the output is whole without a line of ours.
-        notes = "always" if "text/html" in request.accepted else "cut"
+        notes = "always" if request.wants_page else "cut"
         if "footer" in given:
             notes = "always" if _is_on(request, "footer") else "never"
         format_ = given.get("format") or _negotiate(request.accepted)
@@ -1704,7 +1699,7 @@ class Site:
     def _list_runs(self, request: Request) -> Reply:
         """The runs: as a page that reloads itself, as JSON, or one a line."""
         entries = self.runs.listed()
-        if "text/html" in request.accepted:
+        if request.wants_page:
             rows = "".join(map(_run_row, entries)) or _NO_RUNS
             is_paused = ("follow", "0") in request.fields
             markup = {"ROWS": rows, "HOW": _FOLLOW if is_paused else _PAUSE}
@@ -1730,7 +1725,7 @@ class Site:
         url = self._url(request)
         commands = self._listed()
         lines = {name: self.curl_line(url, name, command) for name, command in commands.items()}
-        if "text/html" in request.accepted:
+        if request.wants_page:
             return _index_page(commands, lines, self.commands if self._can_keep else ())
         if "application/json" in request.accepted:
             return _json_reply({"commands": [_describe_json(url, *item) for item in commands.items()]})
