@@ -180,6 +180,7 @@ _Fields = list[tuple[str, str]]  # names and values, in their order
 _Events = dict[int, int]  # descriptors to events (poll(2))
 _Function = Callable[..., object]
 _Commands = Mapping[str, "Command"]
+_Runnable = Union[str, Sequence[Union[str, os.PathLike[str]]], _Function]
 # From where a server can be reached. The mode of a unix socket decides who may connect.
 _Reach = Literal["unix", "loopback", "network"]
 
@@ -759,9 +760,10 @@ class _Connection(io.RawIOBase):
 
     def watched(self, events: int = 0) -> _Events:
         """What to poll beside anything else that is waited for."""
-        events |= _HANG_UP or (0 if self._has_unread else POLLIN)
-        closing = {self._server._closing.descriptor: POLLIN} if self._cut_at == inf else {}
-        return {self.sock.fileno(): events, **closing}
+        watched = {self.sock.fileno(): events | (_HANG_UP or (0 if self._has_unread else POLLIN))}
+        if self._cut_at == inf:
+            watched[self._server._closing.descriptor] = POLLIN
+        return watched
 
     def react(self, ready: _Events) -> None:
         """Act on what poll reported of that, and take it out."""
@@ -1280,8 +1282,7 @@ _CORS_HEADERS = {
 }
 
 
-def _may_only_look() -> Error:
-    return Error("the read token may only look: this needs the other token", 403)
+_MAY_ONLY_LOOK = "the read token may only look: this needs the other token", 403
 
 
 class Access:
@@ -1308,8 +1309,9 @@ class Access:
         if self._is_on_network:
             self._hosts.add(socket.gethostname().lower())
         # DNS cannot point at a unix socket, and an attacker's page has no token: unless names are listed, any will do.
-        is_exposed = reach == "loopback" or (self._is_on_network and not self._tokens)
-        self._checks_host = is_exposed or bool(settings.allow_hosts)
+        self._checks_host = (
+            bool(settings.allow_hosts) or reach == "loopback" or (self._is_on_network and not self._tokens)
+        )
 
     def check(self, request: Request) -> bool:
         """Raise Error for a request that must not be answered. Returns whether a browser asks what a page of an allowed
@@ -1322,7 +1324,7 @@ class Access:
         if self._tokens and not is_preflight and request.path != "/-/healthy":
             request.user = self._find_token(request.header("authorization"))
             if request.user == "read-token" and request.method not in ("GET", "HEAD", "OPTIONS"):
-                raise _may_only_look()
+                raise Error(*_MAY_ONLY_LOOK)
         return is_preflight
 
     def _check_host(self, host: str) -> None:
@@ -1333,10 +1335,8 @@ class Access:
         with suppress(ValueError):
             if ipaddress.ip_address(name.strip("[]")).is_loopback or self._is_on_network:
                 return
-        raise Error(
-            f"the host {host[:200]!r} is not this server's: use localhost, an address, or {self._name('allow_hosts')}",
-            403,
-        )
+        way = self._name("allow_hosts")
+        raise Error(f"the host {host[:200]!r} is not this server's: use localhost, an address, or {way}", 403)
 
     def _check_site(self, request: Request) -> None:
         """Refuse what another site's page has asked for, and what a browser fetches before its user asks."""
@@ -1352,10 +1352,8 @@ class Access:
             is_own = is_visit or site in ("same-origin", "none")
         if not is_own and request.origin not in self._origins:
             who = _printable(get("origin") or site or "")
-            raise Error(
-                f"a page of another site ({who}) may not use this server: {self._name('allow_origins')} would let it",
-                403,
-            )
+            way = self._name("allow_origins")
+            raise Error(f"a page of another site ({who}) may not use this server: {way} would let it", 403)
 
     def _find_token(self, authorization: str) -> str:
         """Which token a request has, as Bearer or as the password of Basic (RFC 6750, RFC 7617). Raises Error."""
@@ -1578,7 +1576,7 @@ class Site:
         if waits and takes_input:
             raise Error("parameter 'wait' is not available for a command with input")
         if is_async and request.user == "read-token":
-            raise _may_only_look()
+            raise Error(*_MAY_ONLY_LOOK)
         keeping = "async" if is_async else "shared" if self._can_keep and entry.command.shared and not waits else ""
         if "tail" in request.options and keeping != "shared":
             raise Error(f"parameter 'tail' is not available: {entry.name!r} is not shared")
@@ -2107,7 +2105,7 @@ class Command:
         to add to this program's environment, as it is when the Command is made. type: the Content-Type of the output.
     """
 
-    command: Union[str, Sequence[Union[str, os.PathLike[str]]], _Function]
+    command: _Runnable
     about: str = ""
     method: Optional[str] = None
     timeout: Optional[float] = None
@@ -4618,7 +4616,7 @@ _RUN_LINK = '<a href="runs/ID?format=html">WHAT</a>'
 # ---------------------------------------------------------------------------------------------
 # embedding: what a program calls that embeds this module
 
-_Given = Union[str, Sequence[Union[str, os.PathLike[str]]], _Function, Command]
+_Given = Union[_Runnable, Command]
 _AllGiven = Mapping[str, Any]  # each a _Given; a checker would take a dict of several kinds for one of objects
 _AHEAD_BYTES = 1 << 20  # of output that is kept while a program writes input
 
