@@ -1280,8 +1280,6 @@ _CORS_HEADERS = {
     "Access-Control-Expose-Headers": "Retry-After, Location, Exit-Code, Content-Range",
     "Access-Control-Max-Age": "600",
 }
-
-
 _MAY_ONLY_LOOK = "the read token may only look: this needs the other token", 403
 
 
