@@ -1740,16 +1740,17 @@ class Site:
             one.name: (one.choices or [one.name.upper()])[0] if one.default is None else one.default
             for one in command.parameters.values()
         }
-        query, words = urllib.parse.urlencode(values, safe="/:,@"), []
-        if command.stdin:
-            words = ["-T", "." if command.pty else "FILE"]  # . sends as it is typed
-        elif "POST" in command.methods:
-            words, query = ["-d", query] if query else ["-X", "POST"], ""
-        words.append(f"{url}/{name}?{query}".rstrip("?"))
+        query = urllib.parse.urlencode(values, safe="/:,@")
         options = ' -u ":$STREAMLOG_TOKEN"' if self._settings.token else ""
         if self._socket_path and url.endswith("//localhost"):  # another name is that of a proxy
             options += f" --unix-socket {shlex.quote(self._socket_path)}"
-        return f"curl -N{options} {shlex.join(words)}"
+        if command.stdin:
+            options += " -T ." if command.pty else " -T FILE"  # . sends as it is typed
+        elif "POST" in command.methods:
+            options += f" -d {shlex.quote(query)}" if query else " -X POST"
+            query = ""
+        target = f"{url}/{name}?{query}".rstrip("?")
+        return f"curl -N{options} {shlex.quote(target)}"
 
 
 def _sort_fields(
@@ -1849,7 +1850,7 @@ class _Entry:
         self._lock = Lock()  # guards the viewers
 
     def __str__(self) -> str:
-        return " ".join([self.name, *(f"{name}={value}" for name, value in self.values.items())])
+        return self.name + "".join(f" {name}={value}" for name, value in self.values.items())
 
     @property
     def note(self) -> str:
