@@ -1561,7 +1561,7 @@ class Site:
                 request.input = [request.read_body(self._settings.input_bytes)]
             return self._keep(keeping, entry, request)
         run = self.runs.start(entry)
-        return Reply(200, headers, run=run, format=_FORMATS[options.format][0](options), name=name, spool=spool)
+        return Reply(200, headers, run=run, format=_FORMATS[options.format](options), name=name, spool=spool)
 
     def _find_keeping(self, entry: _Entry, request: Request, takes_input: bool) -> str:
         """How the run is kept: "async", "shared", or not at all. Raises Error if it cannot be kept as asked."""
@@ -1655,7 +1655,7 @@ class Site:
         entry.enter()
         format_ = None  # the bytes as they are, if their offsets or their number are told
         if not wanted and length is None:
-            format_ = _FORMATS[options.format][0](options._replace(offset=start), run.clock)
+            format_ = _FORMATS[options.format](options._replace(offset=start), run.clock)
         return Reply(206 if wanted else 200, headers, run=run, format=format_, length=length, spool=spool)
 
     def _read_options(self, entry: _Entry, request: Request) -> tuple[Options, dict[str, str]]:
@@ -1677,7 +1677,7 @@ class Site:
         if usual is None:  # a WSGI server tells by a failing write that the client has left
             usual = inf if self._can_keep or format_ in ("text", "sse") else _SSE_COMMENT_SECONDS
         if format_ != "text":  # whose type may have parameters of its own
-            headers["Content-Type"] = _FORMATS[format_][1]
+            headers["Content-Type"] = _FORMATS[format_].type
         if format_ == "html":
             headers["Content-Security-Policy"] = _VIEW_POLICY
         return Options(
@@ -3480,6 +3480,7 @@ class Format:
     options: Options = _PLAIN
     clock: Callable[[], float] = time.time
     timer: Callable[[], float] = monotonic
+    type = _PLAIN_TEXT  # its Content-Type
     block_bytes = _BLOCK_MAX_BYTES  # to feed at a time; less for a format that writes much more than it is fed
     beginning = b""  # what stands before the output
     comment_seconds = inf  # after which silence a sign of life is due, if no heartbeat is asked for
@@ -3549,6 +3550,7 @@ class Ndjson(Format):
     A part of a line goes out a quarter of a second after its first byte. What follows is a line again.
     """
 
+    type = "application/x-ndjson"
     block_bytes = _BLOCK_MIN_BYTES
     can_skip = True
     _record_time = ""  # of the last record of the program's log
@@ -3641,6 +3643,7 @@ class Ndjson(Format):
 class Sse(Ndjson):
     """Server-sent events (WHATWG HTML, section 9.2). An id is the number of bytes of output up to there."""
 
+    type = "text/event-stream"
     comment_seconds = _SSE_COMMENT_SECONDS
 
     def __post_init__(self) -> None:
@@ -3718,6 +3721,7 @@ class Html(Format):
     begins a new one, so nothing is hidden there.
     """
 
+    type = "text/html; charset=utf-8"
     block_bytes = _BLOCK_MIN_BYTES
     can_skip = True
     _prefix = ""  # of each line
@@ -3995,12 +3999,7 @@ def _readable(colour: str) -> str:
     return f"light-dark(#{on_light}, #{on_dark})"
 
 
-_FORMATS = {
-    "text": (Format, _PLAIN_TEXT),
-    "html": (Html, "text/html; charset=utf-8"),
-    "sse": (Sse, "text/event-stream"),
-    "ndjson": (Ndjson, "application/x-ndjson"),
-}
+_FORMATS = {"text": Format, "html": Html, "sse": Sse, "ndjson": Ndjson}
 
 
 # ---------------------------------------------------------------------------------------------
