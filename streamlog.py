@@ -1655,7 +1655,7 @@ class Site:
         entry.enter()
         format_ = None  # the bytes as they are, if their offsets or their number are told
         if not wanted and length is None:
-            format_ = _FORMATS[options.format](options._replace(offset=start), run.clock)
+            format_ = _FORMATS[options.format](options._replace(offset=start), lambda: run.moment)
         return Reply(206 if wanted else 200, headers, run=run, format=format_, length=length, spool=spool)
 
     def _read_options(self, entry: _Entry, request: Request) -> tuple[Options, dict[str, str]]:
@@ -1855,7 +1855,7 @@ class _Entry:
     @property
     def note(self) -> str:
         """The state, for people."""
-        return self.outcome.note if self.outcome else "stopping" if self.run.is_stopping else "running"
+        return f"[{self.outcome.note}]" if self.outcome else "stopping" if self.run.is_stopping else "running"
 
     @property
     def state(self) -> dict[str, object]:
@@ -2500,7 +2500,7 @@ class Outcome(NamedTuple):
         """The end as a line for people."""
         end = f"stopped: {self.reason}" if self.reason else f"exit {self.exit_code}"
         end = "stopped" if self.reason == _ON_REQUEST else end
-        return f"[{end}, {self.seconds:.1f} s]" if self.is_final else "[not the end]"
+        return f"{end}, {self.seconds:.1f} s" if self.is_final else "not the end"
 
 
 # The series of /-/metrics: name, type and description.
@@ -2524,7 +2524,7 @@ class _Runs:
         self._closing: Any = closing  # None only where no run is kept
         self._sharing = Lock()  # held while a shared run is found or started, so that each is started once
         self._lock = RLock()  # guards the rest
-        self._kept: dict[str, _Entry] = {}  # by id, the oldest first
+        self._kept: list[_Entry] = []  # the oldest first; replaced at each change, as others may be looking at it
         self._transcripts: WeakSet[Transcript] = WeakSet()  # theirs, and those of runs that are being started
         self._counts: dict[str, float] = collections.defaultdict(float)  # by series, with its labels
 
@@ -2555,8 +2555,7 @@ class _Runs:
         run = None
         try:
             run = entry.run = entry.make(settings, settings.timeout_seconds if timeout is None else timeout, release)
-            if _log.isEnabledFor(logging.DEBUG):
-                _log.debug("started %s as %s: %s", entry.name, run, _printable(f"{run.line} {entry.values}"))
+            _log.debug("started %s as %s: %s", entry.name, run, _printable(f"{run.line} {entry.values}"))
             return run
         except BaseException as error:
             if run:
@@ -2586,7 +2585,7 @@ class _Runs:
             run.close()
             raise _shortage(error) from None
         with self._lock:
-            self._kept[entry.id] = entry
+            self._kept = [*self._kept, entry]
 
     def share(self, entry: _Entry) -> _Entry:
         """The run with the same command and values that goes on, or else a new one. It is entered: `leave` it."""
@@ -2605,7 +2604,7 @@ class _Runs:
 
     def find_shared(self, entry: _Entry) -> list[_Entry]:
         """The shared run that goes on with the same command and values, if there is one."""
-        return [one for one in self._entries() if one.key == (entry.name, entry.values) and one.goes_on]
+        return [one for one in self._kept if one.key == (entry.name, entry.values) and one.goes_on]
 
     def _record(self, entry: _Entry) -> None:
         """Write the output of a kept run into its transcript, until its end or the server's, and note how it ended."""
@@ -2617,9 +2616,8 @@ class _Runs:
                         self._copy(run, transcript, dog)
         except Exception:
             _log.exception("a bug: kept run of %s", entry.name)
-        outcome = run.outcome
         entry.ended = monotonic()
-        transcript.outcome = entry.outcome = outcome
+        outcome = transcript.outcome = entry.outcome = run.outcome
         transcript.wake()
         self._drop_ended()
         self.count_end(entry.name, outcome, transcript.end)
@@ -2659,17 +2657,14 @@ class _Runs:
         self._drop_ended()
         going = (entry for entry in list(self.active) if hasattr(entry, "run"))
         return sorted(
-            {*self._entries(), *going}, key=lambda one: (-one.started_at, 0) if one.ended else (-inf, one.started_at)
+            {*self._kept, *going}, key=lambda one: (-one.started_at, 0) if one.ended else (-inf, one.started_at)
         )
 
     def drop(self, entry: _Entry) -> None:
-        """Forget a kept run that has ended. Its file is closed with its last reader."""
-        if not entry.command.is_source:  # which cannot be read again
-            self._kept.pop(entry.id, None)
-
-    def _entries(self) -> list[_Entry]:
-        """The kept runs, the oldest first."""
-        return list(self._kept.values())
+        """Forget a kept run that has ended, but not standard input, which cannot be read again. Its file is closed with
+        its last reader."""
+        with self._lock:
+            self._kept = [one for one in self._kept if one is not entry or one.command.is_source]
 
     def _drop_ended(self, wanted_bytes: int = 0) -> int:
         """Drop ended runs that are too old, too many, or in the way of a new transcript, the oldest first; but not
@@ -2678,12 +2673,12 @@ class _Runs:
         settings = self._settings
         with self._lock:
             free = settings.transcripts_bytes - sum(one.room for one in self._transcripts)
-            ended = [entry for entry in self._entries() if entry.ended and not entry.command.is_source]
+            ended = [entry for entry in self._kept if entry.ended and not entry.command.is_source]
             ended.sort(key=lambda entry: entry.ended)
             for index, entry in enumerate(ended):
                 is_past = len(ended) - index > self._kept_max or monotonic() - entry.ended > settings.kept_seconds
                 if is_past or (free < wanted_bytes and not entry.viewers):
-                    del self._kept[entry.id]
+                    self.drop(entry)
                     free += entry.transcript.room
             return free
 
@@ -2700,13 +2695,13 @@ class _Runs:
             counts = self._counts.copy()
             for entry in list(self.active):
                 counts[f'runs_active{{command="{entry.name}"}}'] += 1
-        counts["clients"], counts["viewers"] = client_count, sum(entry.viewers for entry in self._entries())
-        lines = []
+        counts["clients"], counts["viewers"] = client_count, sum(entry.viewers for entry in self._kept)
+        text = ""
         for line in _METRICS.split("\n"):
             name, type_, about = line.split(" ", 2)
-            lines += [f"# HELP streamlog_{name} {about}", f"# TYPE streamlog_{name} {type_}"]
-            lines += [f"streamlog_{key} {counts[key]:.10g}" for key in sorted(counts) if key.startswith(name)]
-        return "\n".join([*lines, ""])
+            text += f"# HELP streamlog_{name} {about}\n# TYPE streamlog_{name} {type_}\n"
+            text += "".join(f"streamlog_{key} {counts[key]:.10g}\n" for key in sorted(counts) if key.startswith(name))
+        return text
 
     def kill(self) -> None:
         """Stop every run without a grace time."""
@@ -2716,9 +2711,9 @@ class _Runs:
 
     def join(self, deadline: float) -> bool:
         """Wait for the kept runs to end; False if some have not by the deadline."""
-        for entry in self._entries():
+        for entry in self._kept:
             entry.thread.join(max(0.0, deadline - monotonic()))
-        return all(entry.ended for entry in self._entries())
+        return all(entry.ended for entry in self._kept)
 
     def count_end(self, name: str, outcome: Outcome, sent_bytes: int) -> None:
         """Count a run that has ended."""
@@ -2812,13 +2807,13 @@ class Run:
         """
         watched, due = self.watched()
         own = watched - self.outputs.keys()  # a replay's output is its bell
-        polled = dict.fromkeys(own if is_paused else watched, POLLIN)
-        ready = _poll({**others, **polled}, min(deadline, due))
-        if own & ready.keys():
+        ready = _poll({**others, **dict.fromkeys(own if is_paused else watched, POLLIN)}, min(deadline, due))
+        rang = own & ready.keys()
+        if rang:
             self.bell.silence()
             self._look_for_exit()
         self._look_after()
-        for descriptor in own & ready.keys():
+        for descriptor in rang:
             del ready[descriptor]
         return ready
 
@@ -2840,8 +2835,7 @@ class Run:
                 action()
         if self._is_drained and self.reason:  # its answer is cut anyway
             self._drop_outputs()
-        has_ended = self.exit_code is not None and (self._is_drained or not self.outputs)
-        if has_ended and not self.is_gone and self._end not in self._agenda:
+        if (self.is_over or self._is_drained) and not self.is_gone and self._end not in self._agenda:
             self._end()
 
     def read(self, descriptor: int, limit: int = _BLOCK_MAX_BYTES) -> bytes:
@@ -2955,8 +2949,7 @@ class Run:
         """
         if self._owner != os.getpid():  # a fork's copy, whose descriptors are closed
             return
-        if not self.is_gone:
-            self.stop("closed")
+        self.stop("closed")
         while not self.is_gone:
             for descriptor in self.wait({}):
                 self.read(descriptor)
@@ -2968,8 +2961,7 @@ class Run:
             self._close_output(descriptor)
 
     def _close_output(self, descriptor: int) -> None:
-        _, file = self.outputs.pop(descriptor)
-        file.close()
+        self.outputs.pop(descriptor)[1].close()
 
 
 _files: WeakSet[Any] = WeakSet()  # pipes, sockets and the like; a forked process closes its copies
@@ -3043,7 +3035,7 @@ class Process(Run):
         try:
             self._exit = self._held.enter_context(_own(os.pidfd_open(self.pid))).fileno()
         except (AttributeError, OSError):  # it needs Linux 5.3, and may be forbidden in a container
-            self.later(_LOOK_SECONDS, self._look_for_exit)
+            self._look_for_exit()
 
     def __str__(self) -> str:
         return f"process group {self.pid}"
@@ -3121,9 +3113,10 @@ class Process(Run):
     def _look_for_exit(self) -> None:
         with self._lock:
             code = self._process.poll()
-        if code is None and self._exit == self.bell.descriptor:
-            self.later(_LOOK_SECONDS, self._look_for_exit)
-        elif code is not None and self.exit_code is None:
+        if code is None:
+            if self._exit == self.bell.descriptor:
+                self.later(_LOOK_SECONDS, self._look_for_exit)
+        elif self.exit_code is None:
             if code < 0:
                 self.signal, code = -code, 128 - code
             self._note_exit(code)
@@ -3187,10 +3180,8 @@ def _spawn(launch: Launch, settings: Settings) -> subprocess.Popen[bytes]:
             terminal.append(_own(os.dup(ours), "wb"))
             columns, lines = command.terminal or settings.terminal_size
             _set_terminal(theirs, lines, columns, command.pty == "echo")
-            argv, env = (
-                [*_ON_TERMINAL, os.ttyname(theirs), *argv],
-                {**env, "COLUMNS": f"{columns}", "LINES": f"{lines}"},
-            )
+            argv = [*_ON_TERMINAL, os.ttyname(theirs), *argv]
+            env = {**env, "COLUMNS": f"{columns}", "LINES": f"{lines}"}
         process = subprocess.Popen(
             argv,
             bufsize=0,
@@ -3266,13 +3257,8 @@ def _watchdog(run: Run) -> Iterator[_Events]:
     with ExitStack() as stack:
         watched = {}
         if isinstance(run, Process):
-            argv = [
-                "/bin/sh",
-                "-c",
-                _WATCHDOG,
-                *map(str, (run.pid, run._settings.grace_seconds, int(run._stop_signal))),
-            ]
-            none, env = subprocess.DEVNULL, {"PATH": os.defpath}
+            words = f"{run.pid}", f"{run._settings.grace_seconds}", f"{run._stop_signal:d}"
+            argv, none, env = ["/bin/sh", "-c", _WATCHDOG, *words], subprocess.DEVNULL, {"PATH": os.defpath}
             try:
                 dog = subprocess.Popen(  # unbuffered, or in a fork closing its input could wait for a lock for ever
                     argv, 0, stdin=subprocess.PIPE, stdout=none, stderr=none, cwd="/", env=env, start_new_session=True
@@ -3491,7 +3477,8 @@ class Format:
         heartbeat = self.options.heartbeat_seconds
         self._quiet_seconds = heartbeat if heartbeat < inf else self.comment_seconds
         self._note_output()
-        if self.options.timestamps or self.options.hostname:
+        self._host = f"{self.options.hostname} " if self.options.hostname else ""
+        if self._host or self.options.timestamps:
             self.block_bytes = _BLOCK_MIN_BYTES
 
     def _note_output(self) -> None:
@@ -3513,10 +3500,10 @@ class Format:
         """Output of the run, as the client gets it."""
         self._note_output()
         starts_line, self._at_line_start = self._at_line_start, data[-1:] == b"\n"
-        if not (self.options.timestamps or self.options.hostname):
+        if not (self._host or self.options.timestamps):
             return data
-        words = (self.options.timestamps and _timestamp(self.clock()), self.options.hostname)
-        prefix = "".join(f"{word} " for word in words if word).encode()
+        stamp = f"{_timestamp(self.clock())} " if self.options.timestamps else ""
+        prefix = f"{stamp}{self._host}".encode()
         starts_line |= self._is_returned and data[:1] != b"\n"
         self._is_returned = data[-1:] == b"\r"  # if it is not the first half of CRLF, the line is written anew
         return prefix * starts_line + re.sub(rb"\n(?!\Z)|\r(?!\n|\Z)", rb"\g<0>" + prefix, data)
@@ -3534,7 +3521,7 @@ class Format:
     def end(self, outcome: Outcome) -> bytes:
         """What follows the output."""
         is_wanted = {"never": False, "cut": outcome.reason, "always": True}[self.options.notes]
-        return self._note(outcome.note) if is_wanted else b""
+        return self._note(f"[{outcome.note}]") if is_wanted else b""
 
     def _note(self, note: str) -> bytes:
         """A line of our own."""
@@ -3564,11 +3551,11 @@ class Ndjson(Format):
     def feed(self, stream: str, data: bytes) -> bytes:
         now = self._last_output = self.timer()
         held, moment = self._held.pop(stream, (b"", now + _PARTIAL_SECONDS))
-        lines, line_end, rest = (held + data).rpartition(b"\n")
-        written = self._write(stream, lines) if line_end else ""
+        *lines, rest = (held + data).split(b"\n")
+        written = self._write(stream, lines) if lines else ""
         parts, rest = self._write_parts(stream, rest)
         if rest:
-            self._held[stream] = rest, now + _PARTIAL_SECONDS if line_end or parts else moment
+            self._held[stream] = rest, now + _PARTIAL_SECONDS if lines or parts else moment
         return self._schedule(written + parts + self._flush(now))
 
     def pause(self) -> bytes:
@@ -3584,7 +3571,7 @@ class Ndjson(Format):
         return written.encode()
 
     def skip(self, count: int) -> bytes:
-        return (self._flush() + json.dumps({"time": _timestamp(self.clock()), "skipped_bytes": count}) + "\n").encode()
+        return f"{self._flush()}{_json_line(self.clock(), skipped_bytes=count)}".encode()
 
     def end(self, outcome: Outcome) -> bytes:
         return (self._flush() + (self._write_end(outcome) if outcome.is_final else "")).encode()
@@ -3594,11 +3581,11 @@ class Ndjson(Format):
         late = [stream for stream, (_, moment) in self._held.items() if moment <= now]
         return "".join(self._write_lines(stream, self._held.pop(stream)[0], True) for stream in late)
 
-    def _write(self, stream: str, lines: bytes) -> str:
+    def _write(self, stream: str, lines: list[bytes]) -> str:
         """Write lines; each part of a long one but the last is marked."""
-        if max(map(len, lines.split(b"\n"))) <= _PART_BYTES:
-            return self._write_lines(stream, lines, False)
-        pieces = (self._write_parts(stream, line) for line in lines.split(b"\n"))
+        if max(map(len, lines)) <= _PART_BYTES:
+            return self._write_lines(stream, b"\n".join(lines), False)
+        pieces = (self._write_parts(stream, line) for line in lines)
         return "".join(parts + self._write_lines(stream, rest, False) for parts, rest in pieces)
 
     def _write_parts(self, stream: str, line: bytes) -> tuple[str, bytes]:
@@ -3607,7 +3594,7 @@ class Ndjson(Format):
         return "".join(self._write_lines(stream, part, True) for part in parts), rest
 
     def _write_silence(self, seconds: float) -> str:
-        return json.dumps({"time": _timestamp(time.time()), "silent_seconds": round(seconds, 1)}) + "\n"
+        return _json_line(time.time(), silent_seconds=round(seconds, 1))
 
     def _write_lines(self, stream: str, lines: bytes, is_partial: bool) -> str:
         if "\t" in stream:  # of the program's log
@@ -3629,15 +3616,20 @@ class Ndjson(Format):
         return json.dumps(record) + "\n"
 
     def _write_end(self, outcome: Outcome) -> str:
-        end = {
-            "time": _timestamp(self.clock()),
-            "exit_code": outcome.exit_code,
-            "host": self.options.hostname or None,
-            "signal": outcome.signal,
-            "seconds": round(outcome.seconds, 3),
-            "reason": outcome.reason or "exit",
-        }
-        return json.dumps({key: value for key, value in end.items() if value is not None}) + "\n"
+        return _json_line(
+            self.clock(),
+            exit_code=outcome.exit_code,
+            host=self.options.hostname or None,
+            signal=outcome.signal,
+            seconds=round(outcome.seconds, 3),
+            reason=outcome.reason or "exit",
+        )
+
+
+def _json_line(moment: float, **fields: object) -> str:
+    """A record of ndjson that is no line of output; a field that is None has no place in it."""
+    told = {key: value for key, value in fields.items() if value is not None}
+    return json.dumps({"time": _timestamp(moment), **told}) + "\n"
 
 
 class Sse(Ndjson):
@@ -3668,12 +3660,12 @@ class Sse(Ndjson):
     def _write_lines(self, stream: str, lines: bytes, is_partial: bool) -> str:
         event = "event: stderr\n" * (stream == "stderr") + "partial: true\n" * is_partial
         texts = self._decoders[stream == "stderr"].decode(lines, not is_partial).split("\n")
-        events = []
+        written = ""
         for line, text in zip(lines.split(b"\n"), texts):
             self._offset += len(line) + (not is_partial)
             data = text.strip("\r").replace("\r", "\ndata: ")  # a carriage return would end the field
-            events.append(f"{event}id: {self._offset}\ndata: {data}\n\n")
-        return "".join(events)
+            written += f"{event}id: {self._offset}\ndata: {data}\n\n"
+        return written
 
     def _write_end(self, outcome: Outcome) -> str:
         stopped = f"event: stopped\ndata: {outcome.reason}\n\n" if outcome.reason else ""
@@ -3739,8 +3731,7 @@ class Html(Format):
         self._cells: list[tuple[str, str]] = []  # its characters and their tags, by columns
         self._added: list[tuple[str, str]] = []  # text and its tags, not yet in the cells
         style = _VIEW_STYLE + "main { display: block }" * self.options.is_report
-        view = _fill(_VIEW, {"HEAD": self.options.head}, TITLE=self.options.title)
-        page = _make_page(self.options.title, style, view)
+        page = _make_page(self.options.title, style, _VIEW, {"HEAD": self.options.head})
         self.beginning = page.partition("</body>")[0].encode()  # `end` writes the rest
 
     def feed(self, stream: str, data: bytes) -> bytes:
@@ -3754,9 +3745,10 @@ class Html(Format):
 
     def end(self, outcome: Outcome) -> bytes:
         rest = [self.feed(stream, b"\x18") for stream in ("stdout", "stderr")]  # CAN cancels an unfinished sequence
-        note = self._note(outcome.note) if self.options.notes != "never" else self._close_line().encode()
+        note = self._note(f"[{outcome.note}]") if self.options.notes != "never" else self._close_line().encode()
         word = {"ok": "succeeded: ", "failed": "failed: "}.get(outcome.kind, "")
-        state = _fill(_STATE, {"KIND": outcome.kind}, NOTE=word + outcome.note.strip("[]")) if outcome.is_final else ""
+        result = html.escape(word + outcome.note)
+        state = f'<output class="{outcome.kind}">{result}</output>' if outcome.is_final else ""
         return b"".join(rest) + note + f"</div></div></main>{state}</body></html>\n".encode()
 
     def _note(self, note: str) -> bytes:
@@ -3793,12 +3785,10 @@ class Html(Format):
             lines[:1] = [] if self._lane.is_in_line else [""]
             yield self._close_line()
             self._lane.is_in_line = False
-        others = iter(lines)
-        for line in others:
-            begin, end = self._open() + self._tags(self._lane.span), self._close_line()
-            block = [line, *itertools.islice(others, _BLOCK_LINES - self._lines)]
-            self._lines += len(block) - 1
-            self._number += len(block) - 1
+        while lines:
+            count = min(len(lines), _BLOCK_LINES - self._lines or _BLOCK_LINES)
+            begin, end = self._open(count) + self._tags(self._lane.span), self._close_line()
+            block, lines = lines[:count], lines[count:]
             between = f"{end}{self._lane.tag}{self._prefix}{self._lane.span}"
             yield begin + html.escape("\n".join(block), False).replace("\n", between) + end
         yield self._put(rest)
@@ -3822,10 +3812,8 @@ class Html(Format):
             for one in text if self._is_edited else text[:_CELLS_MAX]:
                 if one == "\t":
                     at += 8 - at % 8
-                elif unicodedata.category(one) in ("Mn", "Me", "Cf") and 0 < at <= len(
-                    cells
-                ):  # it joins the character before it
-                    cells[at - 1] = cells[at - 1][0] + one, span
+                elif unicodedata.category(one) in ("Mn", "Me", "Cf") and 0 < at <= len(cells):
+                    cells[at - 1] = cells[at - 1][0] + one, span  # it joins the character before it
                 else:
                     cells.extend([_BLANK] * (at - len(cells)))
                     parts = [one, ""][: 1 + (unicodedata.east_asian_width(one) in "FW")]
@@ -3845,11 +3833,12 @@ class Html(Format):
         self._settle()
         written = self._redraw() if len(self._cells) > _CELLS_MAX else ""
         at, cells, step, edge = self._column, self._cells, max(1, count), self.options.columns - 1
-        moved = {"C": at + step, "a": at + step, "D": at - step, "G": step - 1, "`": step - 1}.get(final)
+        final = {"a": "C", "`": "G", "J": "K"}.get(final, final)
+        moved = {"C": at + step, "D": at - step, "G": step - 1}.get(final)
         if moved is not None:
             self._column = max(0, min(moved, max(at, edge)))
-        elif final in "JKXP@" and len(cells) < _CELLS_MAX:
-            ranges = {"K": [(at, None), (0, at + 1), (0, None)][count % 3], "J": (at, None), "@": (at, at)}
+        elif final in "KXP@" and len(cells) < _CELLS_MAX:
+            ranges = {"K": [(at, None), (0, at + 1), (0, None)][count % 3], "@": (at, at)}
             part = slice(*ranges.get(final, (at, at + step)))
             if cells[part] or (final == "@" and cells[at:]):
                 self._is_edited = True
@@ -3875,14 +3864,14 @@ class Html(Format):
         self._column = min(self._column, _CELLS_MAX)
         return begin
 
-    def _open(self) -> str:
-        """Begin a line."""
+    def _open(self, lines: int = 1) -> str:
+        """Begin a line, and count those that follow it in the same block."""
         begin = ""
         if self._lines == _BLOCK_LINES:
             begin = f'</div><div><b style="counter-reset:line {self._number}"></b>'
             self._lines = 0
-        self._lines += 1
-        self._number += 1
+        self._lines += lines
+        self._number += lines
         self._span, self._end = "", "\n</samp>"
         return begin + self._lane.tag + self._prefix
 
@@ -3924,7 +3913,7 @@ _COLOURED = {3: "color", 4: "background", 5: "line", 9: "color", 10: "background
 # The sixteen colours of a page, the cube of xterm, and its greys.
 _PALETTE = [
     *(f"var(--c{index})" for index in range(16)),
-    *("#" + bytes(levels).hex() for levels in itertools.product(bytes.fromhex("005f87afd7ff"), repeat=3)),
+    *(f"#{bytes(levels).hex()}" for levels in itertools.product(bytes.fromhex("005f87afd7ff"), repeat=3)),
     *("#" + f"{level:02x}" * 3 for level in range(8, 248, 10)),
 ]
 
@@ -3945,10 +3934,11 @@ def _set_style(style: dict[str, str], parameters: str) -> None:
 def _take_colour(codes: Iterator[int]) -> str:
     """An extended colour, off the front of the codes: 5 and an index of 256, or 2 and red, green, blue."""
     kind = next(codes, 0)
-    values = list(itertools.islice(codes, {2: 3, 5: 1}.get(kind)))
-    if kind == 2 and len(values) == 3:
-        return "#" + bytes(min(level, 255) for level in values).hex()
-    return _PALETTE[values[0]] if kind == 5 and values and values[0] < 256 else ""
+    if kind == 5:
+        index = next(codes, 256)
+        return _PALETTE[index] if index < 256 else ""
+    levels = [min(level, 255) for level in itertools.islice(codes, 3 if kind == 2 else None)]
+    return f"#{bytes(levels).hex()}" if kind == 2 and len(levels) == 3 else ""
 
 
 def _end_tag(tag: str) -> str:
@@ -4043,16 +4033,8 @@ class Transcript:
         """Add output; `wake` tells the readers. What the disk does not take is lost, and readers are told so."""
         with self._lock:
             end, view = self.end + len(data), memoryview(data)[-self.size :]
-            now, (_, last_stream, last_time) = time.time(), self._changes[-1]
-            if last_stream != stream or abs(now - last_time) > self._time_seconds:
-                self._changes.append((self.end, stream, now))
-            if len(self._changes) > _CHANGES_MAX:  # the times become coarser
-                kept = [
-                    one for at, one in enumerate(self._changes) if at % 2 == 0 or one[1] != self._changes[at - 1][1]
-                ]
-                self._changes, self._time_seconds = kept, self._time_seconds * 2
-            many = self._changes[_CHANGES_MAX // 2][0] if len(self._changes) > _CHANGES_MAX else 0
-            self._forget(max(end - self.size, many))
+            self._note_change(stream)
+            self._forget(end - self.size)
             while view:
                 at = (end - len(view)) % self.size
                 try:
@@ -4068,6 +4050,17 @@ class Transcript:
                     break
             self.end = end
 
+    def _note_change(self, stream: str) -> None:
+        """Remember where output of another stream begins, or of another time."""
+        changes, now = self._changes, time.time()
+        if changes[-1][1] != stream or abs(now - changes[-1][2]) > self._time_seconds:
+            changes.append((self.end, stream, now))
+        if len(changes) > _CHANGES_MAX:  # the times become coarser
+            self._time_seconds *= 2
+            changes[:] = [one for at, one in enumerate(changes) if at % 2 == 0 or one[1] != changes[at - 1][1]]
+            if len(changes) > _CHANGES_MAX:
+                self._forget(changes[_CHANGES_MAX // 2][0])
+
     def _forget(self, start: int) -> None:
         self.start = max(self.start, start)
         del self._changes[: bisect_right(self._changes, (self.start, "~")) - 1]
@@ -4079,10 +4072,12 @@ class Transcript:
         for bell in waiting:
             bell.ring()
 
-    def read(self, offset: int, limit: int, stop: float = inf, bell: _Bell | None = None) -> tuple[int, str, bytes]:
+    def read(
+        self, offset: int, limit: int, stop: float = inf, bell: _Bell | None = None
+    ) -> tuple[int, str, float, bytes]:
         """Output of one stream from an offset on, before `stop`: the offset of its first byte, which is later if that
-        is no longer kept, the stream, and the bytes; none at the end. With a bell, raises BlockingIOError if nothing
-        has come yet, not even the end; then the bell rings once something does."""
+        is no longer kept, the stream, when it was written (time.time()), and the bytes; none at the end. With a bell,
+        raises BlockingIOError if nothing has come yet, not even the end; then the bell rings once something does."""
         with self._lock:
             if bell and self.outcome is None and self.end <= offset < stop:
                 bell.silence()
@@ -4091,13 +4086,9 @@ class Transcript:
             at = max(offset, self.start)
             index = bisect_right(self._changes, (at, "~"))
             changed = self._changes[index][0] if index < len(self._changes) else inf
-            end, stream = int(min(changed, self.end, at + limit, stop)), self._changes[index - 1][1]
-            return at, stream, self._get(at, max(0, end - at))
-
-    def find_time(self, offset: int) -> float:
-        """When the byte at an offset was written (time.time())."""
-        with self._lock:
-            return self._changes[bisect_right(self._changes, (offset, "~")) - 1][2]
+            _, stream, moment = self._changes[index - 1]
+            size = int(min(changed, self.end, at + limit, stop)) - at
+            return at, stream, moment, self._get(at, max(0, size))
 
     def _get(self, offset: int, count: int) -> bytes:
         self.file.seek(offset % self.size)
@@ -4136,23 +4127,19 @@ class _Replay(Run):
         super().__init__("a replay", Settings(), None)
         self._held.callback(release)
         self._transcript, self._offset, self._stop, self._wants = transcript, offset, stop, wants
-        self._read_at = offset
+        self.moment = time.time()  # when what was read last had been written
         self.outputs[self.bell.descriptor] = "stdout", io.BytesIO()
         self.bell.ring()
 
     def _take(self, descriptor: int, size: int) -> bytes:
-        at, stream, data = self._transcript.read(self._offset, size, self._stop, self.bell)
-        self.skipped_bytes, self._offset, self._read_at = at - self._offset, at + len(data), at
+        at, stream, self.moment, data = self._transcript.read(self._offset, size, self._stop, self.bell)
+        self.skipped_bytes, self._offset = at - self._offset, at + len(data)
         if not (data or self.skipped_bytes):
             self._note_exit(0)
         elif not data or (self._wants and not self._wants(stream)):
             raise BlockingIOError
         self.stream = stream
         return data
-
-    def clock(self) -> float:
-        """When what was read last had been written (time.time())."""
-        return self._transcript.find_time(self._read_at)
 
     def _signal(self, number: int) -> None:
         self._note_exit(0)
@@ -4190,15 +4177,10 @@ _RECORD_CHARACTERS = 64 * 1024  # the rest of a longer record is cut off
 def _own_commands(can_set: bool) -> Mapping[str, _Commands]:
     """The commands that show the program itself, by name and method; with a token, also what changes it. Their
     functions are called at once, and return text, or what makes a run."""
-    set_level = Command(_set_level, method="POST")
-    return {
-        "log": {"GET": Command(_follow_log)},
-        "stacks": {"GET": Command(_show_stacks)},
-        "level": {
-            "GET": Command(_show_levels),
-            **(dict.fromkeys(("PUT", "POST"), set_level) if can_set else {}),
-        },
-    }
+    level = {"GET": Command(_show_levels)}
+    if can_set:
+        level["PUT"] = level["POST"] = Command(_set_level, method="POST")
+    return {"log": {"GET": Command(_follow_log)}, "stacks": {"GET": Command(_show_stacks)}, "level": level}
 
 
 def _record_text(record: LogRecord) -> str:
@@ -4242,8 +4224,8 @@ class _ProgramLog:
         with self._lock:
             if self.transcript:  # a stream is what its record says, for viewers to choose by
                 line = f"{_timestamp(record.created)} ".encode() + line
-                names = (str(record.levelno), record.levelname, record.name, str(record.threadName))
-                self.transcript.write("\t".join(name.replace("\t", " ") for name in names), line)
+                names = record.levelno, record.levelname, record.name, record.threadName
+                self.transcript.write("\t".join(str(name).replace("\t", " ") for name in names), line)
                 if self.transcript.waiting and not self._is_gathering:
                     _start_thread("streamlog-log", self._gather)
                     self._is_gathering = True
@@ -4303,12 +4285,12 @@ def _follow_log(tail: int = 10, level: str = "NOTSET", logger: str = "", follow:
             transcript = stack.enter_context(_program_log.watch(_LOG_BYTES))
             starts, at, end = collections.deque[int](maxlen=max(0, tail)), transcript.start, transcript.end
             while at < end:
-                at, stream, data = transcript.read(at, transcript.size, end)
+                at, stream, _, data = transcript.read(at, transcript.size, end)
                 if wants(stream):
                     starts.extend(at + match.start() for match in re.finditer(rb"(?m)^[0-9]{4}-[0-9-]{5}T", data))
                 at += len(data)
-            offset, stop = min(starts, default=end), inf if follow else end
-            return _Replay(transcript, offset, stack.pop_all().close, stop, wants)
+            stop = inf if follow else end
+            return _Replay(transcript, min(starts, default=end), stack.pop_all().close, stop, wants)
 
     return make
 
@@ -4345,9 +4327,9 @@ def _show_levels(logger: str = "") -> str:
 def _set_level(level: str, logger: str = "root") -> str:
     """Set a logger's level; NOTSET makes it take that of the one above (GET shows the levels)"""
     number = _read_level(level)
-    shown = _show_levels(logger)  # it refuses a logger that is not there
+    _show_levels(logger)  # it refuses a logger that is not there
     logging.getLogger(logger).setLevel(number)
-    return f"{shown.partition(' ')[0]} set to {logging.getLevelName(number)}\n"
+    return f"{logger or 'root'} set to {logging.getLevelName(number)}\n"
 
 
 def _show_stacks() -> str:
@@ -4363,9 +4345,11 @@ def _show_stacks() -> str:
 
 def _show_tasks() -> Iterator[str]:
     """The tasks of all event loops, with the line where each of their coroutines waits."""
-    asyncio: Any = sys.modules.get("asyncio")
-    loops = [one for one in gc.get_objects() if issubclass(type(one), asyncio.AbstractEventLoop)] if asyncio else []
-    for task in itertools.chain(*map(asyncio.all_tasks, loops)) if loops else ():
+    asyncio = sys.modules.get("asyncio")
+    if not asyncio:
+        return
+    loops = [one for one in gc.get_objects() if issubclass(type(one), asyncio.AbstractEventLoop)]
+    for task in itertools.chain(*map(asyncio.all_tasks, loops)):
         inner, lines = task.get_coro(), []
         state = "runs" if getattr(inner, "cr_running", False) else "waits"
         while hasattr(inner, "cr_await"):
@@ -4380,9 +4364,14 @@ def _show_tasks() -> Iterator[str]:
 
 def _describe_json(url: str, name: str, command: Command) -> dict[str, object]:
     """A command for programs; `url` is the site's."""
-    keys = "name", "type", "choices", "default"
     parameters = [
-        {**{key: getattr(one, key) for key in keys}, "required": one.default is None}
+        {
+            "name": one.name,
+            "type": one.type,
+            "choices": one.choices,
+            "default": one.default,
+            "required": one.default is None,
+        }
         for one in command.parameters.values()
     ]
     return {
@@ -4402,16 +4391,17 @@ def _fill(template: str, markup: _Texts, **texts: str) -> str:
     return re.sub("|".join(parts), lambda match: parts[match[0]], template)
 
 
-def _make_page(title: str, style: str, body: str) -> str:
-    """A page; `body` is HTML already."""
+def _make_page(title: str, style: str, template: str, markup: _Texts) -> str:
+    """A page whose body is made from a template; `markup` is HTML already."""
+    body = _fill(template, markup, TITLE=title)
     return _fill(_FRAME, {"STYLE": _COLOURS + style, "BODY": body}, TITLE=title)
 
 
 def _page_reply(title: str, template: str, markup: _Texts, headers: _Texts = _NO_TEXTS, status: int = 200) -> Reply:
     """A page of the server's own."""
-    page = _make_page(title, _PAGE_STYLE, _fill(template, markup, TITLE=title))
-    own = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _PAGE_POLICY}
-    return _text_reply(page, status, {**headers, **own})
+    page = _make_page(title, _PAGE_STYLE, template, markup)
+    headers = {**headers, "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _PAGE_POLICY}
+    return _text_reply(page, status, headers)
 
 
 def _form_fields(command: Command) -> Iterator[str]:
@@ -4420,39 +4410,37 @@ def _form_fields(command: Command) -> Iterator[str]:
         yield '<input type="hidden" name="format" value="html">'
     for name, parameter in command.parameters.items():
         default = parameter.default or ""
+        value, title = html.escape(default), html.escape(parameter.find_problem("\0"))
+        about = f'name="{name}" title="{title}"{" required" * bool(parameter.find_problem(""))}'
         if parameter.choices:
             options = (
                 f"<option{' selected' * (one == default)}>{html.escape(one)}</option>" for one in parameter.choices
             )
-            yield f'<label>{name}<select name="{name}">{"".join(options)}</select></label>'
+            field = f'<select name="{name}">{"".join(options)}</select>'
+        elif parameter.is_list:
+            field = f'<textarea rows="1" {about}>{value}</textarea>'
         else:
-            kind = "number" if parameter.type == "int" else "text"
-            value, title = html.escape(default), html.escape(parameter.find_problem("\0"))
-            about = f'name="{name}" title="{title}"{" required" * bool(parameter.find_problem(""))}'
-            field = f'<input type="{kind}" value="{value}" {about}>'
-            if parameter.is_list:
-                field = f'<textarea rows="1" {about}>{value}</textarea>'
-            yield f"<label>{name}{field}</label>"
+            field = f'<input type="{"number" if parameter.type == "int" else "text"}" value="{value}" {about}>'
+        yield f"<label>{name}{field}</label>"
     if command.stdin:
         yield '<label>input<textarea name="-" rows="1"></textarea></label>'
 
 
 def _index_page(commands: _Commands, lines: _Texts, keepable: Iterable[str]) -> Reply:
     """The commands as a page: a row for each and a frame for the output, without a script; `lines` are for curl."""
-    rows = []
+    rows = ""
     for name, command in commands.items():
         is_kept = name in keepable and not (command.is_source or "async" in command.parameters)
-        method = "get" if "GET" in command.methods and not command.stdin else "post"
+        method = "get" if command.methods == ["GET"] else "post"
         markup = {
             "QUERY": "?-=form" if command.stdin else "",
             "METHOD": method,
             "BADGE": "" if method == "get" else "<em>POST</em>",
             "FIELDS": "\n".join(_form_fields(command)),
         }
-        about = command.about or command.line
-        template = _COMMAND.replace("KEEP", _KEEP if is_kept else "")
-        rows.append(_fill(template, markup, NAME=name, ABOUT=about, LINE=command.line, CURL=lines[name]))
-    markup = {"COMMANDS": "".join(rows), "RUNS": _RUNS_LINK if keepable else ""}
+        template, line = _COMMAND.replace("KEEP", _KEEP if is_kept else ""), command.line
+        rows += _fill(template, markup, NAME=name, ABOUT=command.about or line, LINE=line, CURL=lines[name])
+    markup = {"COMMANDS": rows, "RUNS": _RUNS_LINK if keepable else ""}
     return _page_reply(f"streamlog on {socket.gethostname()}", _INDEX, markup)
 
 
@@ -4525,7 +4513,6 @@ _STOP = """<p>ABOUT</p><form action="ROOT-/runs/ID?quiet=1" method="post" target
 _LEAVE = '<form action="ROOT-/idle"><button>Stop</button></form>'
 _GOES_ON = 'It goes on without you. <a href="ROOT-/runs" target="_top">Runs</a>'
 _SHARED = "This run is shared: Stop ends it for everyone."
-_STATE = '<output class="KIND">NOTE</output>'
 _PAGE_STYLE = """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--text); font: .9rem/1.35 system-ui, sans-serif }
@@ -4765,17 +4752,10 @@ class Stream(Iterator[bytes], AsyncIterator[bytes]):
         if not self._ahead:
             with self._driving:
                 self._ahead.extend(itertools.islice(filter(None, self._pieces), not self._ahead))
-        piece = self._take()
-        if piece:
-            return piece
+        with suppress(IndexError):  # at the end, or when another thread has closed it meanwhile
+            return self._ahead.popleft()
         self.close()
         raise StopIteration
-
-    def _take(self) -> bytes:
-        """The next piece of what is there; empty if nothing is."""
-        with suppress(IndexError):  # another thread may close it at the same time
-            return self._ahead.popleft()
-        return b""
 
     def __enter__(self) -> Stream:
         return self
@@ -4794,14 +4774,12 @@ class Stream(Iterator[bytes], AsyncIterator[bytes]):
                 with suppress(OSError):  # another thread is closing it
                     await _wait_in_loop(*self._run.watched())
                 self._read_ahead({}, -inf)
-        except BaseException:  # most likely, the reader was cancelled
+            with suppress(IndexError):
+                return self._ahead.popleft()
+            raise StopAsyncIteration
+        except BaseException:  # the end, or most likely the reader was cancelled
             self._leave()
             raise
-        piece = self._take()
-        if piece:
-            return piece
-        self._leave()
-        raise StopAsyncIteration
 
     @property
     def pid(self) -> Optional[int]:
@@ -5074,11 +5052,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         options = _parse_arguments(argv)
         commands = _load_commands(options, _warn)
         if options.check:
-            _print(*itertools.starmap(_describe, commands.items()))
+            _print(*("\n     ".join(_describe(name, command)) for name, command in commands.items()))
         else:
             level = logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO
             logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z", level=level)
-            _serve(_listen(commands, options), commands, options)
+            _serve(_listen(commands, options), options)
     except Error as error:
         print(f"streamlog: {error}", file=sys.stderr)
         return 2
@@ -5103,14 +5081,15 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
     parser.add_argument("--version", action="version", version=f"streamlog {__version__}")
     variables = {}
     for name, field in _Flags.__dataclass_fields__.items():
-        rule: Any = field.metadata.get("rule")
         flags = re.findall(r"--?[a-z-]+", field.metadata.get("flag", ""))
         if flags:
-            how: dict[str, Any] = {"action": "store_true"}
-            if not isinstance(field.default, bool):
-                how = {"action": "append" if field.default == () else "store", "type": partial(rule.parse, flags[-1])}
-            parser.add_argument(*flags, dest=name, **how)
-            variables[name] = f"STREAMLOG{flags[-1][1:].replace('-', '_').upper()}"
+            add = partial(parser.add_argument, *flags, dest=name)
+            if isinstance(field.default, bool):
+                add(action="store_true")
+            else:
+                parse = partial(field.metadata["rule"].parse, flags[-1])
+                add(action="append" if field.default == () else "store", type=parse)
+            variables[name] = f"STREAMLOG{flags[-1][1:].replace('-', '_').upper()}", field
     argv = sys.argv[1:] if argv is None else argv
     known, unknown = parser.parse_known_intermixed_args(argv)
     given = vars(known)
@@ -5118,14 +5097,11 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
         unknown += [word for word in argv if _HELP.match(word)]
     bare = [word for word in given.get("commands", ()) if not re.search(r"\s", word)]
     _check_words(parser.prog, argv, bare, unknown)
-    for name, variable in variables.items():
+    for name, (variable, field) in variables.items():
         text = os.environ.get(variable)
         if text and name not in given:
-            field = _Flags.__dataclass_fields__[name]
-            values = [
-                field.metadata["rule"].parse(variable, one) for one in (text.split() if field.default == () else [text])
-            ]
-            given[name] = values if field.default == () else values[0]
+            parse = partial(field.metadata["rule"].parse, variable)
+            given[name] = list(map(parse, text.split())) if field.default == () else parse(text)
     return _Flags(**given)
 
 
@@ -5133,13 +5109,13 @@ def _check_words(program: str, argv: Sequence[str], bare: Sequence[str], unknown
     """Ask about what was most likely meant. Raises ConfigError, or exits once help was printed."""
     if any(word.startswith("--host") for word in unknown):
         raise ConfigError("there is no option --host: did you mean --bind?")
-    if unknown and bare and argv.index(bare[0]) < argv.index(unknown[0]):
-        line = shlex.quote(" ".join(argv[argv.index(bare[0]) :]))
-        raise ConfigError(f"quote the command line, so that it is one argument: {program} {line}")
-    if unknown and _HELP.match(unknown[0]):
-        _print(_manual() if "--help" in unknown else _manual().partition("\n\ncommands:")[0])
-        sys.exit()
     if unknown:
+        if bare and argv.index(bare[0]) < argv.index(unknown[0]):
+            line = shlex.quote(" ".join(argv[argv.index(bare[0]) :]))
+            raise ConfigError(f"quote the command line, so that it is one argument: {program} {line}")
+        if _HELP.match(unknown[0]):
+            _print(_manual() if "--help" in unknown else _manual().partition("\n\ncommands:")[0])
+            sys.exit()
         raise ConfigError(f"there is no option {unknown[0]}: see --help")
     for word in bare:
         if os.path.isfile(word) and not shutil.which(word):
@@ -5148,14 +5124,14 @@ def _check_words(program: str, argv: Sequence[str], bare: Sequence[str], unknown
 
 def _manual() -> str:
     """What --help prints: this file's description without what is for programmers, and with the options."""
-    lines = []
+    options = ""
     for field in dataclasses.fields(_Flags):
         flag, about = field.metadata.get("flag"), field.metadata.get("about")
         if flag:
             shown = f"{'  ' if flag[1] != '-' else '      '}{flag}"
-            lines.append(f"{shown:22} {about}" if len(shown) <= 22 else f"{shown}\n{'':22} {about}")
+            options += f"{shown:22} {about}\n" if len(shown) <= 22 else f"{shown}\n{'':22} {about}\n"
     manual = re.sub(r"(?s)\n(in a program|for developers):.*?(?=\nusage:|\Z)", "", __doc__ or "")
-    return _fill(manual.rstrip(), {"OPTIONS": "\n".join(lines)})
+    return _fill(manual.rstrip(), {"OPTIONS\n": options})
 
 
 def _load_commands(options: _Flags, warn: Callable[[str], object]) -> dict[str, Command]:
@@ -5171,22 +5147,24 @@ def _load_commands(options: _Flags, warn: Callable[[str], object]) -> dict[str, 
     return commands
 
 
-def _describe(name: str, command: Command) -> str:
+def _describe(name: str, command: Command) -> Iterator[str]:
     """A command as it was understood, for --check."""
-    lines = [f"{', '.join(command.methods):4} /{name}  {command.line}", f"about: {command.about}" * bool(command.about)]
+    yield f"{', '.join(command.methods):4} /{name}  {command.line}"
+    if command.about:
+        yield f"about: {command.about}"
     if command.program:
-        lines.append(f"program: {_find_program(command) or 'not found'}")
+        yield f"program: {_find_program(command) or 'not found'}"
     for parameter in command.parameters.values():
         default = "required" if parameter.default is None else f"default {parameter.default!r}"
-        lines.append(f"parameter {parameter.name}: {parameter.type}, {default}")
-    for option in ("timeout", "max", "stderr", "stdin", "pty", "terminal", "shared", "stop", "headers", "cwd", "type"):
+        yield f"parameter {parameter.name}: {parameter.type}, {default}"
+    for option in _OPTIONS:
         value = getattr(command, option)
-        if value != getattr(Command, option):
+        if option not in ("about", "method") and value != getattr(Command, option, value):
             separator = {"terminal": "x", "headers": ", "}.get(option)
             shown = separator.join(map(str, value)) if separator else value
-            lines.append(f"{option}: {'yes' if value is True else shown}")
-    lines += [f"env: {key}={value}" for key, value in command.env.items()]
-    return "\n     ".join(filter(None, lines))
+            yield f"{option}: {'yes' if value is True else shown}"
+    for key, value in command.env.items():
+        yield f"env: {key}={value}"
 
 
 def _find_program(command: Command) -> str | None:
@@ -5273,11 +5251,11 @@ def _take_listener() -> socket.socket | None:
     return listener
 
 
-def _serve(server: Server, commands: _Commands, options: _Flags) -> None:
+def _serve(server: Server, options: _Flags) -> None:
     """Serve until a signal, or the end of the session that started us.
 
     The first signal shuts the server down, the second one kills; SIGHUP may read the commands again. Handlers do
-    nothing: Python writes each signal's number into `signals` (set_wakeup_fd), which is read here.
+    nothing: Python writes each signal's number into `signals` (set_wakeup_fd). The server's end rings it, as "!".
     """
     can_reload = bool(options.config or options.tls_cert) and not _has_terminal()
     # A thread that waits for the interpreter's lock asks for it at this interval. At the usual 5 ms, two thousand
@@ -5287,25 +5265,25 @@ def _serve(server: Server, commands: _Commands, options: _Flags) -> None:
     watched = {signals.descriptor: POLLIN}
     if sys.argv[0] in ("", "-"):  # the program came by standard input, as over ssh: end when stderr has no reader
         watched[2] = 0  # poll reports a hang-up unasked
-    ended = threading.Event()  # not thread.is_alive(): the thread lives a moment longer than its ring
 
     def run() -> None:
         try:
             with server:
                 server.serve_forever()
         finally:
-            ended.set()
             signals.ring()
 
     try:
         _start_thread("streamlog", run)
-        _announce(server, commands, options)
+        _announce(server, options)
         _notify("READY=1")
-        while not ended.is_set():
+        numbers = b""
+        while b"!" not in numbers:
             if 2 in _poll(watched):
                 del watched[2]
                 server.shutdown()
-            for number in signals.silence():
+            numbers = signals.silence()
+            for number in numbers:
                 if number == signal.SIGHUP and can_reload:
                     _reload(server, options)
                 elif number in handled:
@@ -5333,7 +5311,7 @@ def _take_signals(can_reload: bool) -> tuple[_Bell, set[signal.Signals]]:
     return signals, handled
 
 
-def _announce(server: Server, commands: _Commands, options: _Flags) -> None:
+def _announce(server: Server, options: _Flags) -> None:
     """Print where the server listens, and how curl runs each command."""
     settings = server._settings
     if server._reach == "network" and not (settings.token and settings.tls_cert):
@@ -5344,7 +5322,7 @@ def _announce(server: Server, commands: _Commands, options: _Flags) -> None:
             server.url,
         )
     url = settings.url.rstrip("/") or (f"{settings.scheme}://localhost" if server._socket_path else server.url)
-    lines = [server._site.curl_line(url, name, command) for name, command in commands.items()]
+    lines = [server._site.curl_line(url, name, command) for name, command in server._site.commands.items()]
     if options.token_file is not None:
         lines = [line.replace("$STREAMLOG_TOKEN", f"$(cat {shlex.quote(options.token_file)})", 1) for line in lines]
     _print(*([server.url] if options.quiet else [f"streamlog: listening on {server.url}", *lines]))

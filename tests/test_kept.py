@@ -53,9 +53,9 @@ class Transcripts(unittest.TestCase):
 
     def read(self, transcript: streamlog.Transcript, offset: int = 0) -> tuple[int, bytes]:
         """All from an offset on, and the offset that it begins at."""
-        first, _, data = transcript.read(offset, 1 << 30)
+        first, _, _, data = transcript.read(offset, 1 << 30)
         while True:
-            at, _, more = transcript.read(first + len(data), 1 << 30)
+            at, _, _, more = transcript.read(first + len(data), 1 << 30)
             if not more:
                 return first, data
             self.assertEqual(at, first + len(data))
@@ -73,11 +73,12 @@ class Transcripts(unittest.TestCase):
         streams = b"".join((b"o" if stream == "stdout" else b"e") * len(piece) for stream, piece in written)
         for _ in range(300):
             offset, limit = dice.randrange(len(data)), dice.randrange(1, 5000)
-            at, stream, found = transcript.read(offset, limit)
+            at, stream, _, found = transcript.read(offset, limit)
             self.assertEqual((at, found), (offset, data[offset : offset + len(found)]))
             self.assertEqual(set(streams[offset : offset + len(found)]), {ord("o" if stream == "stdout" else "e")})
             self.assertGreater(len(found), 0)
-        self.assertEqual(transcript.read(len(data), 10), (len(data), written[-1][0], b""))
+        at, stream, _, found = transcript.read(len(data), 10)
+        self.assertEqual((at, stream, found), (len(data), written[-1][0], b""))
 
     def test_the_newest_are_kept_where_there_are_too_many(self) -> None:
         dice = random.Random(2)
@@ -123,7 +124,7 @@ class Transcripts(unittest.TestCase):
         self.assertEqual(self.read(transcript), (0, b"x" * 40_000), "nothing is lost for it")
         self.assertLess(len(transcript._changes), 17_000)
         for offset in (0, 1, 20_000, 39_999):
-            self.assertAlmostEqual(transcript.find_time(offset), offset + 1, delta=8)
+            self.assertAlmostEqual(transcript.read(offset, 1)[2], offset + 1, delta=8)
 
     def test_times_of_a_long_run_are_no_worse_at_its_beginning(self) -> None:
         now = 0.0
@@ -132,7 +133,7 @@ class Transcripts(unittest.TestCase):
             for _ in range(240_000):  # eight hours
                 now += 0.12
                 transcript.write("stdout", b"x")
-        late = [(offset + 1) * 0.12 - transcript.find_time(offset) for offset in range(0, 240_000, 97)]
+        late = [(offset + 1) * 0.12 - transcript.read(offset, 1)[2] for offset in range(0, 240_000, 97)]
         self.assertLess(max(map(abs, late)), 4)
 
     def test_changes_of_stream_are_bounded_too(self) -> None:
@@ -171,7 +172,7 @@ class Transcripts(unittest.TestCase):
 
         def follow(offset: int) -> None:
             while offset < len(data):
-                at, _, found = transcript.read(offset, 5_000)
+                at, _, _, found = transcript.read(offset, 5_000)
                 if found != data[at : at + len(found)]:
                     wrong.append(at)
                 offset = at + len(found)
@@ -189,7 +190,7 @@ class Transcripts(unittest.TestCase):
         transcript = self.transcript(size=64 * 1024)
         transcript.write("stdout", b"A" * 20_000)
         transcript.write("stdout", b"B" * 65_536)
-        at, _, data = transcript.read(16_384, 1 << 20, 20_000)
+        at, _, _, data = transcript.read(16_384, 1 << 20, 20_000)
         self.assertEqual((at, data), (20_000, b""))
 
 
