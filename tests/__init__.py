@@ -19,22 +19,26 @@ BESIDE = [
     {"browser", "deployment", "embedding", "listening", "promises", "readme", "wsgi"},
     {"faults", "insight", "kept", "main", "runs", "server"},
 ]
+# The classes that measure how a server does under an attack: they come last, when those have ended.
+ALONE = {"attacks.Attacks", "server.Load"}
 
 
 def load_tests(loader: unittest.TestLoader, _: unittest.TestSuite, pattern: Optional[str]) -> unittest.TestSuite:
     """Called by unittest when it looks for all tests."""
-    here = unittest.TestSuite()
-    beside: list[list[str]] = [[] for _ in BESIDE]
+    here, alone = unittest.TestSuite(), unittest.TestSuite()
     groups = [] if SOAK >= 1000 else BESIDE  # the full sizes keep a machine busy by themselves
+    beside: list[list[str]] = [[] for _ in groups]
+    place = {module: names for names, modules in zip(beside, groups) for module in modules}
     for test in each(loader.discover(os.path.dirname(__file__), pattern or "test*.py")):
-        module = type(test).__module__.rpartition("test_")[2]
-        for names, modules in zip(beside, groups):
-            if module in modules:
-                names.append(test.id())
-                break
+        name = f"{type(test).__module__}.{type(test).__name__}".rpartition("test_")[2]
+        module = name.partition(".")[0]
+        if name in ALONE:
+            alone.addTest(test)
+        elif module in place:
+            place[module].append(test.id())
         else:
             here.addTest(test)
-    return Processes(here, list(filter(None, beside)))
+    return unittest.TestSuite([Processes(here, list(filter(None, beside))), alone])
 
 
 def each(suite: unittest.TestSuite) -> Iterator[unittest.TestCase]:

@@ -1185,7 +1185,7 @@ class Closings(ServerCase):
                 server, before = self.serve({"x": self.python(FILL)}, drain_seconds=0.1), children()
                 client = self.connect(server, receive_buffer=4096)
                 client.get("/x", version=version)
-                client.buffer = client.read_until(b"\r\n\r\n")
+                client.buffer = client.read_until(b"\r\n\r\n") + client.buffer
                 wait_until(lambda before=before: children() <= before, "the command is over")  # type: ignore[misc]
                 used = time.process_time()
                 started = time.monotonic()
