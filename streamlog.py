@@ -3785,10 +3785,12 @@ class Html(Format):
             lines[:1] = [] if self._lane.is_in_line else [""]
             yield self._close_line()
             self._lane.is_in_line = False
-        while lines:
-            count = min(len(lines), _BLOCK_LINES - self._lines or _BLOCK_LINES)
+        at = 0
+        while at < len(lines):
+            count = min(len(lines) - at, _BLOCK_LINES - self._lines or _BLOCK_LINES)
             begin, end = self._open(count) + self._tags(self._lane.span), self._close_line()
-            block, lines = lines[:count], lines[count:]
+            block = lines[at : at + count]
+            at += count
             between = f"{end}{self._lane.tag}{self._prefix}{self._lane.span}"
             yield begin + html.escape("\n".join(block), False).replace("\n", between) + end
         yield self._put(rest)
