@@ -453,16 +453,19 @@ class Server(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown. The main thread looks up at intervals: a signal that comes right before it waits would
         else be acted on only after the next event."""
-        interval = poll_interval if threading.current_thread() is threading.main_thread() else _SWEEP_SECONDS
+        interval = poll_interval if threading.current_thread() is threading.main_thread() else inf
         if self._owner != os.getpid():  # one of several processes that share a listener ends by itself
             self._owner = os.getpid()
             self._closing = _Bell()
             self._site.runs._closing = self._closing
+        sweep = 0.0
         while not self._is_closing:
             watched = {self._closing.descriptor: POLLIN, self.fileno(): POLLIN}
             try:
-                self._site.runs.listed()  # what is too old goes even if nobody looks
-                if self.fileno() in _poll(watched, monotonic() + interval):
+                if monotonic() >= sweep:  # what is too old goes even if nobody looks
+                    self._site.runs.listed()
+                    sweep = monotonic() + _SWEEP_SECONDS
+                if self.fileno() in _poll(watched, min(sweep, monotonic() + interval)):
                     self._accept()
             except (BlockingIOError, ConnectionAbortedError):  # the client has left already
                 pass
@@ -858,7 +861,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = request.is_last
             request.pieces = self._read_quickly(request)
             request.client = str(self.client_address)
-            request.scheme = settings.scheme
+            request.scheme = "https" if self.server._tls_context else "http"
             reply = self.server._site.answer(request)
         except Error as error:
             reply = _error_reply(error, request)
@@ -1686,8 +1689,8 @@ class Site:
             timestamps=_is_on(request, "timestamps"),
             hostname=socket.gethostname() if _is_on(request, "hostname") else "",
             heartbeat_seconds=float(given.get("heartbeat", usual)),
-            title=str(entry),
-            head=_view_head(entry, request, self._can_keep),
+            title=str(entry) if format_ == "html" else "",
+            head=_view_head(entry, request, self._can_keep) if format_ == "html" else "",
             is_report=command.is_report,
             columns=(command.terminal or self._settings.terminal_size)[0],
         ), headers
@@ -2555,7 +2558,8 @@ class _Runs:
         run = None
         try:
             run = entry.run = entry.make(settings, settings.timeout_seconds if timeout is None else timeout, release)
-            _log.debug("started %s as %s: %s", entry.name, run, _printable(f"{run.line} {entry.values}"))
+            if _log.isEnabledFor(logging.DEBUG):
+                _log.debug("started %s as %s: %s", entry.name, run, _printable(f"{run.line} {entry.values}"))
             return run
         except BaseException as error:
             if run:
@@ -2949,7 +2953,8 @@ class Run:
         """
         if self._owner != os.getpid():  # a fork's copy, whose descriptors are closed
             return
-        self.stop("closed")
+        if not self.is_gone:
+            self.stop("closed")
         while not self.is_gone:
             for descriptor in self.wait({}):
                 self.read(descriptor)
