@@ -16,8 +16,8 @@ from .support import SOAK
 
 # The modules that run beside all others, each line in a process of its own; each takes about as long.
 BESIDE = [
-    {"browser", "deployment", "embedding", "listening", "promises", "readme", "wsgi"},
-    {"faults", "insight", "kept", "main", "runs", "server"},
+    {"browser", "deployment", "embedding", "promises", "readme", "wsgi"},
+    {"faults", "kept", "main", "runs", "server"},
 ]
 # The classes that measure how a server does under an attack: they come last, when those have ended.
 ALONE = {"attacks.Attacks", "server.Load"}
