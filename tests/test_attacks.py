@@ -14,6 +14,7 @@ import threading
 import time
 import unittest
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 from unittest import mock
 
@@ -312,15 +313,19 @@ class Attacks(ServerCase):
 
     @unittest.skipIf(DESCRIPTORS < 5000, "needs 5000 descriptors")
     def test_two_thousand_connections_at_once_are_all_answered(self) -> None:
-        # Alone on two cores it takes less than a second. Their 32 KiB each leave holes in the heap of Python 3.9.
+        # Their 32 KiB each leave holes in the heap of Python 3.9.
         with self.attacked(within=5, memory=2000 * (32 << 10)) as program:
-            with self.swarm(program, 2000, b"GET /-/healthy HTTP/1.1\r\nHost: localhost\r\n\r\n") as clients:
-                for client in clients:
-                    self.assertEqual(client.read_answer().body, b"ok")
-                spent = processor_seconds(program.process.pid)
-            wait_until(lambda: count_threads(program.process.pid) <= THREADS, "their threads have ended", 15)
-            # It is 0.3 to 0.6 s. Where all of them look for the interpreter's lock every 5 ms, it is 2 to 9 s.
-            self.assertLess(processor_seconds(program.process.pid) - spent, 2, "all leave at once")
+            # When all leave at once it takes 0.5 s, and one time in ten up to 3 s, as the system has it. Where all of
+            # them look for the interpreter's lock every 5 ms, it is 4 to 16 s each time.
+            spent: list[float] = []
+            while len(spent) < 3 and min(spent, default=inf) > 2:
+                with self.swarm(program, 2000, b"GET /-/healthy HTTP/1.1\r\nHost: localhost\r\n\r\n") as clients:
+                    for client in clients:
+                        self.assertEqual(client.read_answer().body, b"ok")
+                    before = processor_seconds(program.process.pid)
+                wait_until(lambda: count_threads(program.process.pid) <= THREADS, "their threads have ended", 15)
+                spent.append(processor_seconds(program.process.pid) - before)
+            self.assertLess(min(spent), 2, "all leave at once")
 
     def test_connections_beyond_the_limit_make_room_whatever_they_wait_for(self) -> None:
         for opening in (b"", b"GET /x HTTP/1.1\r\nHost: ", SLOW_BODY):
