@@ -1481,7 +1481,8 @@ class Site:
     def close(self) -> None:
         """Drop what is kept of runs and of the log."""
         self._log.close()
-        self.runs._kept.clear()
+        with self.runs._lock:
+            self.runs._kept = []
 
     def answer(self, request: Request) -> Reply:
         """Answer a request. Raises Error for a refusal; nothing has been run then.
@@ -1547,7 +1548,7 @@ class Site:
         launch: Any = command.bind(
             name, values, stderr, "pipe" if takes_input else "none", _variables(command, request)
         )
-        is_own = name not in self.commands
+        is_own = command in self._own.get(name, {}).values()
         is_reconnect = options.format == "sse" and "last-event-id" in request.headers
         if is_reconnect and not (is_own or self.runs.find_shared(entry)):
             return Reply(204, headers)  # an EventSource whose run has ended must not start another
@@ -1878,7 +1879,7 @@ class _Entry:
             "exit_code": outcome and outcome.exit_code,
             "signal": outcome and outcome.signal,
             "reason": outcome and (outcome.reason or "exit"),
-            "bytes": self.run.output_bytes,
+            "bytes": transcript.end if transcript else self.run.output_bytes,  # which may not be written yet
             "first_byte": transcript and transcript.start,
             "kept": bool(transcript),
         }
@@ -2679,11 +2680,13 @@ class _Runs:
             free = settings.transcripts_bytes - sum(one.room for one in self._transcripts)
             ended = [entry for entry in self._kept if entry.ended and not entry.command.is_source]
             ended.sort(key=lambda entry: entry.ended)
+            past = set()
             for index, entry in enumerate(ended):
                 is_past = len(ended) - index > self._kept_max or monotonic() - entry.ended > settings.kept_seconds
                 if is_past or (free < wanted_bytes and not entry.viewers):
-                    self.drop(entry)
+                    past.add(entry)
                     free += entry.transcript.room
+            self._kept = [entry for entry in self._kept if entry not in past]
             return free
 
     def _drop_another(self) -> bool:
@@ -3014,13 +3017,13 @@ class Process(Run):
     def __init__(self, launch: Launch, settings: Settings, timeout: float | None, release: _Action) -> None:
         super().__init__(launch, settings, timeout)
         try:
+            self._stop_signal = signal.Signals[f"SIG{launch.command.stop}"]
             process = self._process = _spawn(launch, settings)
         except BaseException:
             self.bell.close()
             raise
         self._held.callback(release)
         self.pid = process.pid  # of the leader, and of its group
-        self._stop_signal = signal.Signals[f"SIG{launch.command.stop}"]
         self._groups = {self.pid}
         self.takes_input = launch.stdin == "pipe"
         self._stdin = process.stdin if self.takes_input else None

@@ -915,6 +915,22 @@ class Crowds(KeptCase):
             time.sleep(0.05)
         self.assertEqual((got, state["exit_code"]), (b"".join(b"line %d\n" % n for n in range(1, 6)), 2))
 
+    def test_the_bytes_of_a_state_can_be_asked_for(self) -> None:
+        write = streamlog.Transcript.write
+
+        def write_late(*arguments: Any) -> None:
+            time.sleep(0.02)
+            write(*arguments)
+
+        with mock.patch.object(streamlog.Transcript, "write", write_late):
+            path = self.keep(server := self.serve({"x": "!while :; do echo x; sleep 0.01; done"}), "/x")
+            for _ in range(20):
+                start = self.state(server, path)["bytes"]
+                with self.connect(server) as client:
+                    client.get(path, headers=[f"Range: bytes={start}-"])
+                    self.assertEqual(client.read_head()[0], 206)
+            self.fetch(server, path, "DELETE")
+
 
 class Faults(KeptCase):
     def test_a_server_that_is_ended_stops_its_kept_runs_and_the_next_one_does_not_know_them(self) -> None:
