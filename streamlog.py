@@ -351,11 +351,6 @@ class Settings:
         """A setting, as whoever made these settings gives it: a keyword, or an option of the command line."""
         return f"{field}="
 
-    @property
-    def scheme(self) -> str:
-        """The scheme of the server's URLs."""
-        return "https" if self.tls_cert else "http"
-
 
 for _field in dataclasses.fields(Settings):
     Settings.__doc__ = f"{Settings.__doc__}\n\n    {_field.name}: {_field.metadata['about']}"
@@ -392,6 +387,7 @@ class Server(http.server.ThreadingHTTPServer):
     ) -> None:
         self.address_family, address, self._reach = _find_address(settings, listener)
         self._tls_context = _make_tls_context(settings)
+        self._scheme = "https" if self._tls_context else "http"
         self._settings = settings
         self._socket_path = os.fsdecode(address) if self._reach == "unix" else ""
         self.port = 0
@@ -417,7 +413,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket.setblocking(False)
             if not self._socket_path:
                 host, self.port = self.socket.getsockname()[:2]
-                self.url = f"{settings.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+                self.url = f"{self._scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
             self._site.open_source()
         except BaseException:
             self.close()
@@ -861,7 +857,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = request.is_last
             request.pieces = self._read_quickly(request)
             request.client = str(self.client_address)
-            request.scheme = "https" if self.server._tls_context else "http"
+            request.scheme = self.server._scheme
             reply = self.server._site.answer(request)
         except Error as error:
             reply = _error_reply(error, request)
@@ -5331,7 +5327,7 @@ def _announce(server: Server, options: _Flags) -> None:
             else "anyone who reaches %s can run every command: those that change things should be POST",
             server.url,
         )
-    url = settings.url.rstrip("/") or (f"{settings.scheme}://localhost" if server._socket_path else server.url)
+    url = settings.url.rstrip("/") or (f"{server._scheme}://localhost" if server._socket_path else server.url)
     lines = [server._site.curl_line(url, name, command) for name, command in server._site.commands.items()]
     if options.token_file is not None:
         lines = [line.replace("$STREAMLOG_TOKEN", f"$(cat {shlex.quote(options.token_file)})", 1) for line in lines]

@@ -70,7 +70,7 @@ class Processes(unittest.TestSuite):
                 started.append((process, file))
             super().run(result, debug)
             for process, file in started:
-                process.wait()
+                process.wait(900)
                 file.seek(0)
                 add_outcome(result, process.returncode, file.read())
         return result
