@@ -2445,6 +2445,7 @@ _RUN_DESCRIPTORS = 6  # of a run: its outputs, its bell, its exit, and the trans
 _ABANDON_SECONDS = 2.0  # for a process to be gone after SIGKILL: it can be stuck in the kernel
 _LOOK_SECONDS = 0.05  # between looks at what no event reports
 _REMIND_SECONDS = 0.25
+_HANG_UP_SECONDS = 0.3  # after SIGTERM, for a program on a terminal to clean up
 # A read starts small, so that an idle stream costs nothing, and grows to the largest pipe once one has been full.
 _BLOCK_MIN_BYTES = 16 * 1024
 _BLOCK_MAX_BYTES = 512 * 1024
@@ -3097,7 +3098,7 @@ class Process(Run):
 
     def _signal(self, number: int) -> None:
         if number == signal.SIGTERM and self._terminal is not None:  # which an interactive shell ignores
-            self.later(0.3, partial(self._signal, signal.SIGHUP))  # a program may need a moment to clean up
+            self.later(_HANG_UP_SECONDS, partial(self._signal, signal.SIGHUP))
         with self._lock:
             if self._process.returncode is not None and _exists(self.pid):  # a stranger's by now
                 return

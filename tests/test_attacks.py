@@ -144,33 +144,34 @@ class Bounds(ServerCase):
 
     def test_what_a_command_prints_after_its_limit_is_not_sent_and_holds_nothing_up(self) -> None:
         script = "!trap 'seq 1 100000; exit' TERM; seq 1 1000; while :; do sleep 0.05; done"
-        server = self.serve({"x": script}, max_output_bytes=100)
+        server = self.serve({"x": script}, max_output_bytes=100, grace_seconds=10)
         started = time.monotonic()
         answer = self.fetch(server, "/x")
         self.assertLess(len(answer.body), 200)
-        self.assertLess(time.monotonic() - started, 2)
+        self.assertLess(time.monotonic() - started, 8)
 
     def test_a_client_that_takes_nothing_is_let_go_and_a_slow_one_is_not(self) -> None:
-        server = self.serve({"yes": "!echo $$; exec yes", "big": "head -c 3000000 /dev/zero"}, stall_seconds=0.4)
+        server = self.serve({"yes": "!echo $$; exec yes"}, stall_seconds=0.4)
         stuck = self.connect(server, receive_buffer=4096)
         with self.log_of() as logged:
             stuck.get("/yes")
             stuck.read_head()
             (pid,) = pids_in((stuck.read_chunk() or b"")[:8])
-            wait_until(lambda: not is_alive(pid), "the run is stopped", 5)
+            wait_until(lambda: not is_alive(pid), "the run is stopped")
             wait_until(lambda: logged.output, "it is logged")
         self.assertIn('end="client stalled"', logged.output[0])
-        slow = self.connect(server, receive_buffer=4096)
+        metrics = self.fetch(server, "/-/metrics").body
+        self.assertIn(b'streamlog_runs_total{command="yes",outcome="client_stalled"} 1', metrics)
+        patient = self.serve({"big": "head -c 3000000 /dev/zero"}, stall_seconds=2.5)
+        slow = self.connect(patient, receive_buffer=4096)
         slow.get("/big")
         slow.read_head()
         started, total = time.monotonic(), 0
         for chunk in iter(slow.read_chunk, None):
             total += len(chunk)
-            time.sleep(len(chunk) / 3_000_000)  # it is slow
+            time.sleep(len(chunk) / 1_000_000)  # it is slow
         self.assertEqual(total, 3_000_000)
-        self.assertGreater(time.monotonic() - started, 0.8)
-        metrics = self.fetch(server, "/-/metrics").body
-        self.assertIn(b'streamlog_runs_total{command="yes",outcome="client_stalled"} 1', metrics)
+        self.assertGreater(time.monotonic() - started, 2.7)
 
     def test_an_ended_run_whose_client_takes_no_more_is_let_go_too(self) -> None:
         server = self.serve({"x": "head -c 100000 /dev/zero"}, stall_seconds=0.4)
@@ -179,7 +180,7 @@ class Bounds(ServerCase):
             (held,) = wait_until(lambda: list(server._clients), "it is there")
             held.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             client.get("/x")
-            wait_until(lambda: logged.output, "it is logged", 5)
+            wait_until(lambda: logged.output, "it is logged")
         self.assertIn('end="client stalled"', logged.output[0])
 
 
@@ -190,7 +191,8 @@ class Attacks(ServerCase):
     def attacked(
         self, *options: str, descriptors: int = 0, within: float = 1, memory: int = 40 << 20, **how: Any
     ) -> Iterator[Program]:
-        """A server whose health address is asked for all the while, and must answer in time, within seconds."""
+        """A server whose health address is asked for all the while. Nine answers of ten must come within so many
+        seconds, and none later than 5."""
         arguments = [
             "-v" if "stderr" in how else "-q",
             "-p",
@@ -203,24 +205,27 @@ class Attacks(ServerCase):
         if descriptors:
             limits = (descriptors, descriptors)
             how["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        slowest, count, is_over = 0.0, 0, threading.Event()
-        failures = []
+        times: list[float] = []
+        is_over, failures, in_a_row = threading.Event(), [], 0
+        tries = 3 if descriptors else 1  # the one who asks may be evicted, too
         with Program(*arguments, **how) as program:
             settle(program, 15)
             before = (len(os.listdir(f"/proc/{program.process.pid}/fd")), resident_bytes(program.process.pid))
 
             def watch() -> None:
-                nonlocal slowest, count
+                nonlocal in_a_row
                 while not is_over.wait(0.02):
                     started = time.monotonic()
                     try:
                         answer = program.fetch("/-/healthy")
                         if (answer.status, answer.body) != (200, b"ok"):
                             failures.append(str(answer))
+                        in_a_row = 0
                     except (OSError, EOFError) as error:
-                        failures.append(repr(error))
-                    slowest = max(slowest, time.monotonic() - started)
-                    count += 1
+                        in_a_row += 1
+                        if in_a_row == tries:
+                            failures.append(repr(error))
+                    times.append(time.monotonic() - started)
 
             watcher = threading.Thread(target=watch)
             watcher.start()
@@ -230,8 +235,9 @@ class Attacks(ServerCase):
                 is_over.set()
                 watcher.join()
             self.assertEqual(failures, [])
-            self.assertGreater(count, 0)
-            self.assertLess(slowest, within)
+            times.sort()
+            self.assertLess(times[len(times) * 9 // 10], within)
+            self.assertLess(times[-1], 5)
             wait_until(lambda: program.fetch("/x").body == b"x\n", "it serves as before")
             settle(program, 15)
             after = (len(os.listdir(f"/proc/{program.process.pid}/fd")), resident_bytes(program.process.pid))
@@ -278,14 +284,22 @@ class Attacks(ServerCase):
             self.assert_ended_while_it_drips(server, SLOW_BODY, b"v")
 
     def assert_ended_while_it_drips(self, server: streamlog.Server, opening: bytes, piece: bytes) -> None:
-        started = time.monotonic()
+        is_over = threading.Event()
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                while not is_over.wait(0.05):
+                    client.send(piece)
+
         with self.connect(server) as client:
             client.send(opening)
-            dripping = threading.Thread(target=self.drip, args=([client], piece, 1))
+            dripping = threading.Thread(target=drip)
             dripping.start()
-            self.assertEqual(client.read_answer().status, 408)
-            self.assertLess(time.monotonic() - started, 0.9)
-            dripping.join()
+            try:
+                self.assertEqual(client.read_answer().status, 408)
+            finally:
+                is_over.set()
+                dripping.join()
 
     def test_slow_readers(self) -> None:
         with self.attacked("--max-runs", "50", "--stall", "1") as program:
@@ -300,10 +314,14 @@ class Attacks(ServerCase):
     def test_guesses_at_the_token(self) -> None:
         server = self.serve({"x": "echo x"}, token="right")
         wrong = b"GET /x HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer wrong\r\n\r\n"
-        with mock.patch.object(server, "_client_max", 20), contextlib.ExitStack() as stack:
-            for _ in range(60):
-                stack.enter_context(self.connect(server)).send(wrong)
-            wait_until(lambda: len(server._clients) <= 21, "those that were evicted are gone at once", 0.5)
+        linger = mock.patch.object(streamlog, "_LINGER_SECONDS", 30)
+        with mock.patch.object(server, "_client_max", 20), linger, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(self.connect(server)) for _ in range(60)]
+            for client in clients:
+                with contextlib.suppress(EOFError, OSError):
+                    client.send(wrong)
+                    client.read_head()
+            wait_until(lambda: len(server._clients) <= 21, "those that were evicted are gone at once")
             answer = self.fetch(server, "/x", headers=["Authorization: Bearer right"])
             self.assertEqual(answer.status, 200)
 

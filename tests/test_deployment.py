@@ -94,8 +94,7 @@ class Nginx(ServerCase):
         return client
 
     def test_output_comes_as_it_is_written_and_a_cut_stays_a_cut(self) -> None:
-        gate = self.folder / "gate"
-        os.mkfifo(gate)
+        gate = self.make_gate()
         commands: dict[str, Union[str, Command]] = {
             "x": f"!echo one; read line < {gate}; echo two",
             "cut": Command("!echo one; sleep 300", timeout=0.3),
@@ -117,7 +116,7 @@ class Nginx(ServerCase):
                 client.read_head()
                 (pid,) = pids_in(client.read_chunk() or b"")
                 client.sock.close()
-                wait_until(lambda pid=pid: not is_alive(pid), "the silent run is stopped", 3)  # type: ignore[misc]
+                wait_until(lambda pid=pid: not is_alive(pid), "the silent run is stopped")  # type: ignore[misc]
 
     def test_hosts_origins_and_the_token_are_checked_behind_it_too(self) -> None:
         server = self.serve({"x": "echo x"}, allow_hosts=["box.example"], token=TOKEN)
@@ -145,7 +144,7 @@ class NginxInABrowser(BrowserCase):
         self.see("frames.view.document.body.textContent.includes('hello')", "the output")
         pid = self.pid(note)
         self.browser.run("frames.view.document.querySelector('button').click()")
-        wait_until(lambda: not is_alive(pid), "the run is stopped", 3)
+        wait_until(lambda: not is_alive(pid), "the run is stopped")
         self.see("frames.view.document.querySelector('main').textContent.includes('[stopped, ')", "the end")
         self.browser.click("[aria-label='More of x']")
         self.browser.click("[aria-label='Start x in the background']")

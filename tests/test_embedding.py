@@ -220,7 +220,7 @@ class Starting(EmbeddingCase):
         command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKING + script]  # 3.12 warns of forks
         program = subprocess.Popen(command, cwd=ROOT, text=True, stdin=-3, stdout=-1, stderr=-1, start_new_session=True)
         try:
-            out, err = program.communicate(timeout=40)
+            out, err = program.communicate(timeout=100)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(program.pid, 9)  # with its forks
@@ -303,9 +303,10 @@ class Starting(EmbeddingCase):
     def test_a_fork_does_not_keep_the_kept_runs_of_a_program_that_is_killed(self) -> None:
         note = self.folder / "pids"
         script = (
-            f"server = streamlog.start({{'x': '!echo $$ > {note}.run; exec sleep 300'}}, port=0, grace_seconds=0.2)\n"
+            f"server = streamlog.start({{'x': '!echo $$ | tee {note}.run; exec sleep 300'}}, port=0,"
+            "    grace_seconds=0.2)\n"
             "ask(server, '/x?async=1')\n"
-            f"wait_until(lambda: os.path.exists('{note}.run')); time.sleep(0.2)\n"
+            "wait_until(lambda: b'  0 bytes' not in ask(server, '/-/runs'))  # it has a watchdog, too\n"
             f"open('{note}', 'w').write(str(fork_off())); os.kill(os.getpid(), 9)\n"
         )
         done = subprocess.run([sys.executable, "-c", FORKING + script], cwd=ROOT, timeout=20, check=False)
@@ -669,7 +670,7 @@ class Tasks(EmbeddingCase):
             client.get("/x")
             client.read_head()
             client.read_chunk()
-        self.assertTrue(closed.wait(2))
+        self.assertTrue(closed.wait(10))
         wait_until(lambda: b'runs_active{command="x"} 0' in self.fetch(server, "/-/metrics").body, "its slot is free")
 
     def test_a_plain_callable_is_told_when_its_client_leaves(self) -> None:
@@ -685,8 +686,8 @@ class Tasks(EmbeddingCase):
         self.assertFalse(streamlog.stopping())
         with self.connect(self.start({"x": task})) as client:
             client.get("/x")
-            self.assertTrue(begun.wait(2))
-        self.assertTrue(told.wait(2))
+            self.assertTrue(begun.wait(10))
+        self.assertTrue(told.wait(10))
 
     def test_a_task_that_does_not_look_up_keeps_its_slot_until_it_does(self) -> None:
         gate, waits = threading.Event(), threading.Event()
@@ -736,9 +737,10 @@ class Tasks(EmbeddingCase):
         while before != count:
             before = count
             time.sleep(0.2)  # until it is held up
-        started = time.monotonic()
-        logging.getLogger("other").warning("is not held up")
-        self.assertLess(time.monotonic() - started, 0.1)
+        logs = threading.Thread(target=logging.getLogger("other").warning, args=["is not held up"])
+        logs.start()
+        logs.join(10)
+        self.assertFalse(logs.is_alive())
 
 
 class TaskRecords(EmbeddingCase):
@@ -763,6 +765,7 @@ class TaskRecords(EmbeddingCase):
             thread.start()
         for thread in threads:
             thread.join()
+        self.assertEqual(sorted(found), list("abcd"))
         for name, body in found.items():
             lines = body.decode().splitlines()
             records = [line for line in lines if line.startswith("WARNING of.task: ")]
@@ -855,8 +858,7 @@ class Streams(EmbeddingCase):
                 self.assertEqual([type(error) for error in told], [BrokenPipeError])
 
     def test_output_comes_piece_by_piece_and_then_the_exit_code(self) -> None:
-        gate = self.folder / "gate"
-        os.mkfifo(gate)
+        gate = self.make_gate()
         with streamlog.stream(f"!echo one; read line < {gate}; echo {{x}} >&2; exit 3", x="two") as run:
             self.assertEqual((next(run), run.exit_code), (b"one\n", None))
             gate.write_text("\n")
@@ -886,7 +888,7 @@ class Streams(EmbeddingCase):
                     pass
             else:
                 del run
-            wait_until(lambda pid=pid: not is_alive(pid), f"it is gone: {way}", 2)  # type: ignore[misc]
+            wait_until(lambda pid=pid: not is_alive(pid), f"it is gone: {way}")  # type: ignore[misc]
 
     def test_after_stop_the_rest_can_be_read(self) -> None:
         with streamlog.stream("!trap 'echo bye; exit 4' TERM; echo hi; while :; do sleep 0.05; done") as run:
@@ -951,7 +953,7 @@ class Streams(EmbeddingCase):
             started = time.monotonic()
             run.write(b"a")
             run.close_stdin()
-            self.assertLess(time.monotonic() - started, 1)
+            self.assertLess(time.monotonic() - started, 10)
             reader.join(10)
         self.assertEqual(got, [b"a"])
 
@@ -966,7 +968,7 @@ class Streams(EmbeddingCase):
             started = time.monotonic()
             with self.assertRaises(subprocess.TimeoutExpired):
                 run.wait(0.2)
-            self.assertLess(time.monotonic() - started, 1)
+            self.assertLess(time.monotonic() - started, 10)
             run.send_signal(signal.SIGUSR1)
             self.assertEqual((run.wait(5), run.exit_code, run.reason, b"".join(run)), (3, 3, "", b"told\n"))
         with streamlog.stream("sleep 300") as run:
@@ -1028,31 +1030,28 @@ class EventLoops(EmbeddingCase):
 
     def test_a_reader_that_is_cancelled_stops_its_run_and_nobody_waits(self) -> None:
         async def main() -> None:
-            run = streamlog.stream("!trap '' TERM; echo ready; sleep 301 & sleep 302")
+            run = streamlog.stream("!trap '' TERM; echo ready; sleep 311 & sleep 312")
             self.assertEqual(await run.__anext__(), b"ready\n")
             reader = asyncio.ensure_future(run.__anext__())
             await asyncio.sleep(0.05)
-            started = time.monotonic()
             reader.cancel()
             with self.assertRaises(asyncio.CancelledError):
                 await reader
             pid = run.pid or 0
             del run, reader
             gc.collect()
-            self.assertLess(time.monotonic() - started, 0.5)
-            self.assertTrue(is_alive(pid))
+            self.assertTrue(is_alive(pid), "nobody has waited for its end")
             while is_alive(pid):
                 await asyncio.sleep(0.05)
-            self.assertLess(time.monotonic() - started, 10)
 
-        with mock.patch.object(streamlog, "Settings", functools.partial(streamlog.Settings, grace_seconds=1)):
-            asyncio.run(main())
+        with mock.patch.object(streamlog, "Settings", functools.partial(streamlog.Settings, grace_seconds=4)):
+            asyncio.run(asyncio.wait_for(main(), 30))
 
     def test_it_can_be_left_in_any_way(self) -> None:
         async def main() -> None:
             pids = []
             for way in ("break", "aclose", "del", "timeout"):
-                run = streamlog.stream("!echo ready; exec sleep 300")
+                run = streamlog.stream("!trap '' TERM; echo ready; while :; do sleep 1; done")
                 pids.append(run.pid or 0)
                 started = time.monotonic()
                 if way == "timeout":

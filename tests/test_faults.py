@@ -69,10 +69,11 @@ class Kept(ServerCase):
 
     def test_they_go_by_the_clock_though_nobody_looks(self) -> None:
         with mock.patch.object(streamlog, "_SWEEP_SECONDS", 0.1):
-            server = self.serve({"x": "echo x"}, kept_seconds=0.3)
+            server = self.serve({"x": "echo x"}, kept_seconds=2, transcripts=str(self.folder))
             location = "/" + self.fetch(server, "/x?async=1").headers["location"]
             self.assertEqual(self.fetch(server, f"{location}?wait").status, 200)
-            wait_until(lambda: not any("/var/tmp/#" in one for one in descriptors()), "its transcript is closed", 3)
+            self.assertIn(str(self.folder), str(descriptors()))
+            wait_until(lambda: str(self.folder) not in str(descriptors()), "its transcript is closed")
 
     def test_a_clock_that_is_set_changes_neither_ages_nor_durations(self) -> None:
         server = self.serve({"x": "sleep 0.2"})
@@ -81,7 +82,7 @@ class Kept(ServerCase):
             moment = time.time() + shift
             with mock.patch("time.time", lambda moment=moment: moment):
                 answer = self.fetch(server, f"{location}?wait&footer=1")
-                self.assertRegex(answer.body, rb"^\[exit 0, 0\.[234] s\]\n$")
+                self.assertRegex(answer.body, rb"^\[exit 0, \d\.\d s\]\n$")
                 self.assertEqual(self.fetch(server, location).status, 200)
 
     @unittest.skipUnless(can_unshare("--mount"), "no file system can be mounted")
@@ -118,7 +119,7 @@ class Memory(ServerCase):
                 resource.prlimit(pid, resource.RLIMIT_AS, free)
                 for client in clients:
                     client.sock.close()
-                wait_until(lambda: self.metric(program.connect(), "streamlog_clients") == 1, "they are gone", 5)
+                wait_until(lambda: self.metric(program.connect(), "streamlog_clients") == 1, "they are gone", 20)
                 self.assertEqual(program.fetch("/x").body, b"x\n")
 
 
@@ -127,15 +128,15 @@ class Strangers(ServerCase):
     def test_a_run_says_that_a_part_of_it_could_not_be_signalled(self) -> None:
         other = "setpriv --reuid=61234 --clear-groups sh -c 'echo $$; exec sleep 300'"
         prefix = ["setpriv", "--bounding-set=-kill", "--inh-caps=-kill"]  # root that may not signal other users
-        arguments = ["-p", "0", "-q", "--timeout", "0.3", "--grace", "0.3", f"group=!{other} & wait", f"alone={other}"]
+        arguments = ["-p", "0", "-q", "--timeout", "3", "--grace", "0.3", f"group=!{other} & wait", f"alone={other}"]
         with Program(*arguments, prefix=prefix) as program:
 
             def run(name: str) -> None:
                 started = time.monotonic()
                 pid, said = program.fetch(f"/{name}").body.splitlines()
                 os.kill(int(pid), signal.SIGKILL)
-                self.assertLess(time.monotonic() - started, 5)
-                why = rb"\[stopped: timeout after 0.3 s, but processes of another user may go on, \d\.\d s\]"
+                self.assertLess(time.monotonic() - started, 15)
+                why = rb"\[stopped: timeout after 3 s, but processes of another user may go on, \d\.\d s\]"
                 self.assertRegex(said, why)
                 kind = b'streamlog_runs_total{command="%s",outcome="timeout"} 1' % name.encode()
                 self.assertIn(kind, program.fetch("/-/metrics").body)
@@ -202,7 +203,7 @@ class Watchdogs(ServerCase):
     def test_one_lives_until_all_of_its_run_is_gone(self) -> None:
         note = self.folder / "pid"
         line = f"x=!trap '' TERM; sleep 300 >/dev/null 2>&1 & echo $$ $! > {note}"
-        with Program("-p", "0", "-q", "--grace", "1", line) as program:
+        with Program("-p", "0", "-q", "--grace", "4", line) as program:
             program.fetch("/x?async=1")
             wait_until(lambda: note.exists() and note.read_text().endswith("\n"), "it runs")
             leader, pid = pids_in(note.read_bytes())
@@ -210,14 +211,14 @@ class Watchdogs(ServerCase):
             wait_until(lambda: children(program.process.pid) - {leader}, "there is a watchdog")
             program.process.kill()
             program.end()
-        wait_until(lambda: not is_alive(pid), "the rest has ended", 5)
+        wait_until(lambda: not is_alive(pid), "the rest has ended", 15)
 
     @unittest.skipUnless(shutil.which("bash"), "bash is not installed")
     def test_jobs_of_a_terminal_end_with_a_server_that_is_killed(self) -> None:
         note = self.folder / "pids"
         script = self.folder / "jobs"
         script.write_text(
-            f"trap '' HUP\nsleep 301 & sleep 302 &\necho $$ $(jobs -p) > {note}.new; mv {note}.new {note}; wait\n"
+            f"trap '' HUP\nsleep 321 & sleep 322 &\necho $$ $(jobs -p) > {note}.new; mv {note}.new {note}; wait\n"
         )
         (self.folder / "c.ini").write_text(f"[x]\ncommand = bash -m {script}\npty = yes\n")
         with Program("-p", "0", "-q", "--grace", "0.3", "-c", str(self.folder / "c.ini")) as program:
@@ -225,6 +226,7 @@ class Watchdogs(ServerCase):
             wait_until(note.exists, "it runs")
             pids = set(pids_in(note.read_bytes()))
             self.assertEqual(len(pids), 3)
+            wait_until(lambda: children(program.process.pid) - pids, "there is a watchdog")
             program.process.kill()
             program.end()
         wait_until(lambda: not any(map(is_alive, pids)), "all of it has ended", 5)
@@ -233,6 +235,7 @@ class Watchdogs(ServerCase):
 class Ends(ServerCase):
     def test_a_client_that_was_accepted_gets_an_answer_while_the_server_closes(self) -> None:
         server = self.serve({"x": "echo x"})
+        self.enterContext_(mock.patch.object(streamlog, "_CUT_SECONDS", 10))
         new, idle = self.connect(server), self.connect(server)
         idle.get("/x")
         idle.read_answer()
@@ -247,29 +250,28 @@ class Ends(ServerCase):
     def test_what_comes_too_late_runs_nothing(self) -> None:
         mark = self.folder / "mark"
         server = self.serve({"x": Command("touch {x:path}", method="POST")})
+        self.enterContext_(mock.patch.object(streamlog, "_CUT_SECONDS", 10))
         clients = [self.connect(server) for _ in range(3)]
+        form = ["Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(str(mark)) + 2}"]
         for client in clients[:2]:
-            client.get(
-                "/x",
-                "POST",
-                ["Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(str(mark)) + 2}"],
-            )
+            client.get("/x", "POST", [*form, "Expect: 100-continue"])
+            self.assertEqual(client.read_head()[0], 100)
         clients[2].send(b"GET /x HTTP/1.1\r\nHost:")
         wait_until(lambda: len(server._idle) == 3, "they are waited for")
         server.shutdown()
-        wait_until(lambda: all(client._cut_at < math.inf for client in server._clients), "each has seen it")
+        wait_until(lambda: all(client._cut_at < math.inf for client in list(server._clients)), "each has seen it")
         clients[0].send(f"x={mark}".encode())
         for client in clients:
             self.assertEqual(client.read_answer().status, 503)
         self.assertFalse(mark.exists())
 
     def test_one_that_sends_nothing_holds_nothing_up(self) -> None:
-        server = self.serve({"x": "echo x"})
+        server = self.serve({"x": "echo x"}, grace_seconds=20)
         clients = [self.connect(server) for _ in range(3)]
         wait_until(lambda: len(server._clients) == 3, "they are accepted")
         started = time.monotonic()
         server.close()
-        self.assertLess(time.monotonic() - started, 1.5)
+        self.assertLess(time.monotonic() - started, 10)
         self.assertTrue(all(client.is_closed() for client in clients))
 
     def test_the_exit_code_is_0_whatever_has_become_of_its_output(self) -> None:
@@ -366,7 +368,7 @@ class KeyUpdates(ServerCase):
         ):
             function = getattr(lib, name)
             function.restype, function.argtypes = result, arguments
-        server = self.serve({"x": "echo x"}, tls_cert=CERTIFICATE, head_seconds=0.5)
+        server = self.serve({"x": "echo x"}, tls_cert=CERTIFICATE, head_seconds=3)
 
         def send(wants_answer: int) -> None:
             with socket.create_connection(("127.0.0.1", server.port)) as sock:
@@ -377,8 +379,8 @@ class KeyUpdates(ServerCase):
                 started = time.monotonic()
                 while lib.SSL_key_update(connection, wants_answer) == lib.SSL_do_handshake(connection) == 1:
                     time.sleep(0.001)
-                    self.assertLess(time.monotonic() - started, 15, "closed early")
-                self.assertGreater(time.monotonic() - started, 0.3, "but not at once")
+                    self.assertLess(time.monotonic() - started, 30, "it goes on for ever")
+                self.assertGreater(time.monotonic() - started, 1, "but not at once")
                 lib.SSL_free(connection)
                 lib.SSL_CTX_free(context)
 

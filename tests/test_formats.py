@@ -79,7 +79,7 @@ class TextFormat(unittest.TestCase):
 
 class NdjsonFormat(unittest.TestCase):
     def objects(self, *fed: tuple[str, bytes], outcome: Outcome = CLEAN) -> list[dict[str, object]]:
-        format_ = Ndjson(clock=noon)
+        format_ = Ndjson(clock=noon, timer=Timer())
         data = b"".join([format_.feed(*piece) for piece in fed] + [format_.end(outcome)])
         self.assertTrue(data.isascii())
         return [json.loads(line) for line in data.splitlines()]
@@ -178,7 +178,7 @@ class NdjsonFormat(unittest.TestCase):
 class SseFormat(unittest.TestCase):
     def events(self, *fed: tuple[str, bytes], outcome: Outcome = CLEAN) -> list[tuple[str, str, Optional[str]]]:
         """What a browser would make of it (WHATWG HTML section 9.2.6): event, data and last id."""
-        format_ = Sse(clock=noon)
+        format_ = Sse(clock=noon, timer=Timer())
         stream = b"".join([format_.beginning, *(format_.feed(*piece) for piece in fed), format_.end(outcome)]).decode()
         found: list[tuple[str, str, Optional[str]]] = []
         event, last_id = "message", None

@@ -74,7 +74,7 @@ class FrameworkCase(ServerCase):
             client.get(path)
             return client.read_answer()
 
-    def watch(self, port: int, path: str, first: bytes, last: bytes, seconds: float) -> None:
+    def watch(self, port: int, path: str, first: bytes, last: bytes) -> None:
         """See that a line arrives long before the last one does, and hear it out: who hangs up earlier ends the run."""
         with Raw(("127.0.0.1", port)) as client:
             client.get(path)
@@ -82,7 +82,7 @@ class FrameworkCase(ServerCase):
             started = time.monotonic()
             self.assertNotIn(last, client.buffer)
             client.read_until(last)
-            self.assertGreater(time.monotonic() - started, seconds)
+            self.assertGreater(time.monotonic() - started, 0.5)
             client.read_until(b"0\r\n\r\n")
 
     def ended(self, port: int, kind: str) -> int:
@@ -110,12 +110,12 @@ class Flask(FrameworkCase):
         self.assertEqual(self.ask(port, "/count/3").body, b"1\n2\n3\n")
         refused = self.ask(port, "/count/x")
         self.assertEqual((refused.status, refused.body), (400, b"parameter 'upto' of 'stream' must be int: 'x'\n"))
-        self.watch(port, "/ops/build", b"step 1\n", b"step 6\n", 2)
+        self.watch(port, "/ops/build", b"step 1\n", b"step 6\n")
         wait_until(lambda: self.ended(port, "ok") == 1, "it has ended by itself")
         with Raw(("127.0.0.1", port)) as client:
             client.get("/ops/build")
             client.read_until(b"step 2\n")
-        wait_until(lambda: self.ended(port, "client_gone") == 1, "it ends with the next output", 3)
+        wait_until(lambda: self.ended(port, "client_gone") == 1, "it ends with the next output")
         self.assertEqual(self.ask(port, "/ops").status, 308)
 
     def test_the_small_one_of_the_recipes(self) -> None:
@@ -181,13 +181,13 @@ class FlaskInABrowser(FrameworkCase, BrowserCase):
         self.assertEqual(self.browser.run("frames.view.document.querySelector('samp.e').innerText.trim()"), "note 1")
         self.browser.run("frames.view.document.querySelector('header button').click()")
         self.see("/Start a command/.test(frames.view.document.body.innerText)", "the idle page")
-        wait_until(lambda: self.ended(port, "client_gone") == 1, "it is stopped", 5)
+        wait_until(lambda: self.ended(port, "client_gone") == 1, "it is stopped")
         self.assertEqual(self.ended(port, "ok"), 0)
 
     def test_its_eventsource_page_follows_a_command_to_its_end(self) -> None:
         port = self.start(block("python", "DispatcherMiddleware"), "werkzeug")
         self.browser.open(f"http://localhost:{port}/")
-        self.see("log.textContent == 'step 1\\n'", "the first line, alone")
+        self.see("/^step 1(?!.*step 6)/s.test(log.textContent)", "the first line, and not the last")
         self.see("log.textContent.endsWith('step 6\\n')", "the last")
         self.see("source.readyState == EventSource.CLOSED", "the end")
         self.assertEqual((self.ended(port, "ok"), self.ended(port, "client_gone")), (1, 0))
@@ -197,12 +197,12 @@ class FlaskInABrowser(FrameworkCase, BrowserCase):
 class Django(FrameworkCase):
     def test_a_view_streams_the_log_of_a_long_operation(self) -> None:
         port = self.start(block("python", "django.urls"), "gunicorn")
-        self.watch(port, "/migrate/4", b"WARNING migrate: step 1 of 4\n", b"WARNING migrate: step 4 of 4\n", 1)
+        self.watch(port, "/migrate/4", b"WARNING migrate: step 1 of 4\n", b"WARNING migrate: step 4 of 4\n")
         self.assertEqual(self.ask(port, "/migrate/1").body, b"WARNING migrate: step 1 of 1\n")
 
     def test_a_coroutine_streams_too(self) -> None:
         port = self.start(block("python", "django.urls"), "uvicorn for Django")
-        self.watch(port, "/build", b"step 1\n", b"step 6\n", 2)
+        self.watch(port, "/build", b"step 1\n", b"step 6\n")
 
 
 class FastApi(FrameworkCase):
@@ -212,7 +212,7 @@ class FastApi(FrameworkCase):
 
     def test_it_streams_and_refuses(self) -> None:
         port = self.start(self.application(), "uvicorn")
-        self.watch(port, "/ping?host=127.0.0.1&count=3", b"seq=1", b"seq=3", 1)
+        self.watch(port, "/ping?host=127.0.0.1&count=3", b"seq=1", b"seq=3")
         refused = self.ask(port, "/ping?host=-x")
         self.assertEqual(refused.status, 400)
         self.assertIn(b"parameter 'host' of 'stream' must not begin with '-'", refused.body)
@@ -255,7 +255,7 @@ app = Starlette(routes=[Route("/build", build)])
 
 class Starlette(FrameworkCase):
     def test_it_streams(self) -> None:
-        self.watch(self.start(STARLETTE, "uvicorn"), "/build", b"step 1\n", b"step 6\n", 2)
+        self.watch(self.start(STARLETTE, "uvicorn"), "/build", b"step 1\n", b"step 6\n")
 
 
 PYTEST = f"""

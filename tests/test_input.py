@@ -24,6 +24,7 @@ from .support import (
     Program,
     Raw,
     ServerCase,
+    at_once,
     is_alive,
     pids_in,
     resident_bytes,
@@ -233,7 +234,7 @@ class Bodies(InputCase):
             (pid,) = pids_in(client.read_chunk() or b"")
             client.send(bytes(150_000))  # more than the way to the command holds; the system has the rest
             time.sleep(0.2)  # until the way is full
-        wait_until(lambda: not is_alive(pid), "it is gone", 3)
+        wait_until(lambda: not is_alive(pid), "it is gone")
 
     def test_an_upload_that_never_ends_is_cut_with_its_run(self) -> None:
         for version in ("1.0", "1.1"):
@@ -269,7 +270,7 @@ class Bodies(InputCase):
                 (pid,) = pids_in(client.read_chunk() or b"")
                 self.send(client, bytes(100_000))
                 (client.reset if leave == "reset" else client.sock.close)()
-                wait_until(lambda pid=pid: not is_alive(pid), "it is gone", 2)  # type: ignore[misc]
+                wait_until(lambda pid=pid: not is_alive(pid), "it is gone")  # type: ignore[misc]
 
     def test_neither_side_is_read_from_faster_than_the_other_takes_it(self) -> None:
         server = self.serve({"x": taking("cat")})
@@ -290,7 +291,7 @@ class Bodies(InputCase):
             (pid,) = pids_in(client.read_chunk() or b"")
             client.send(b"zz\r\n")
             self.assertTrue(client.is_closed())
-            wait_until(lambda: not is_alive(pid), "it is gone", 3)
+            wait_until(lambda: not is_alive(pid), "it is gone")
             wait_until(lambda: logged.output, "it is logged")
         self.assertIn('end="a chunk of the body must begin with its size', logged.output[0])
 
@@ -307,7 +308,7 @@ class Bodies(InputCase):
         self.assertEqual(got.read_bytes(), b"first")
 
     def test_http_1_0_and_timeouts_hold(self) -> None:
-        server = self.serve({"x": taking("cat"), "slow": taking("!cat; sleep 300", timeout=0.3)})
+        server = self.serve({"x": taking("cat"), "slow": taking("!cat; sleep 300", timeout=2)})
         self.assertEqual(self.fetch(server, "/x", "POST", [], b"abc", version="1.0").body, b"abc")
         answer = self.fetch(server, "/slow", "POST", [], b"abc\n")
         self.assertFalse(answer.is_whole)
@@ -327,11 +328,7 @@ class Bodies(InputCase):
                     failed.append(number)
                 sender.join()
 
-        threads = [threading.Thread(target=upload, args=(number,)) for number in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(self, upload, *([number] for number in range(count)))
         self.assertEqual(failed, [])
 
 
@@ -599,12 +596,13 @@ class Terminals(InputCase):
     def test_it_may_clean_up_on_sigterm_before_the_terminal_hangs_up(self) -> None:
         note = self.folder / "note"
         script = f"!trap 'echo cleaned > {note}; exit 3' TERM; echo up; while :; do sleep 0.05; done"
-        server = self.serve({"x": Command(script, pty=True)})
-        with self.connect(server) as client:
+        server = self.serve({"x": Command(script, pty=True)}, grace_seconds=10)
+        with mock.patch.object(streamlog, "_HANG_UP_SECONDS", 5), self.connect(server) as client:
             client.get("/x")
             client.read_head()
             client.read_chunk()
-        wait_until(lambda: note.exists() and note.read_text() == "cleaned\n", "it has cleaned up", 3)
+            client.sock.close()
+            wait_until(lambda: note.exists() and note.read_text() == "cleaned\n", "it has cleaned up")
 
     def test_the_environment_is_as_without_a_terminal(self) -> None:
         for env in ({"LANG": "C"}, {"LC_CTYPE": "C"}, {"LC_ALL": "C"}):

@@ -83,9 +83,8 @@ class Activation(ServerCase):
             (everywhere, "1", "other machines can reach 0.0.0.0"),
         ]
         if sys.platform == "linux":
-            cases.append(
-                (self.listener("\0streamlog-test"), "1", "the socket from systemd must listen, and have a port")
-            )
+            abstract = self.listener(f"\0streamlog-test{os.getpid()}")
+            cases.append((abstract, "1", "the socket from systemd must listen, and have a port"))
         for sock, count, told in cases:
             with self.subTest(told=told):
                 process = self.start(activate(sock, "x=echo x", count=count), sock)
@@ -133,7 +132,9 @@ class Activation(ServerCase):
 
 class Notices(ServerCase):
     def test_systemd_is_told_when_it_is_ready_and_when_it_ends(self) -> None:
-        names = [str(self.folder / "notify"), *(["\0streamlog-notify"] if sys.platform == "linux" else [])]
+        names = [str(self.folder / "notify")]
+        if sys.platform == "linux":
+            names.append(f"\0streamlog-notify{os.getpid()}")
         for name in names:
             with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
                 sock.settimeout(10)
@@ -276,13 +277,15 @@ class Hangups(ServerCase):
                 command, stdin=-3, stdout=-1, stderr=-1, text=True, start_new_session=True, cwd=self.folder
             )
             assert process.stdout and process.stderr
-            process.stdout.readline()
+            port = int(process.stdout.readline().rpartition(":")[2])
             process.send_signal(signal.SIGHUP)
             if logged:
                 self.assertIn("again: 1 commands", process.stderr.readline())
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.3)
-            self.assertIsNone(process.poll())
+            with Raw(("127.0.0.1", port)) as client:
+                client.get("/-/healthy")
+                self.assertEqual(client.read_answer().body, b"ok")
             process.terminate()
             process.communicate(timeout=10)
             self.assertEqual(process.returncode, 0)

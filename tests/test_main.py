@@ -294,24 +294,29 @@ class Serving(ServerCase):
             self.assertIn(b"/disk\n", program.fetch("/").body)
             self.assertIn(b"ilesystem", program.fetch("/disk").body)
             with program.connect() as client:  # a live one
+                started = time.monotonic()
                 client.get("/load")
                 client.read_head()
-                started = time.monotonic()
                 text = b""
                 while text.count(b"\n") < 2:
                     text += client.read_chunk() or b""
-                self.assertRegex(text, rb"^(\d\d:\d\d:\d\d( \d+\.\d\d){3}\n){2}$")
-                self.assertTrue(0.5 < time.monotonic() - started < 3)
+                self.assertRegex(text, rb"^(\d\d:\d\d:\d\d( \d+\.\d\d){3}\n){2,}$")
+                self.assertTrue(0.5 < time.monotonic() - started < 10)
 
     @unittest.skipUnless(sys.platform == "linux", "prlimit is of Linux")
     def test_the_descriptor_limit_is_raised_for_the_server_and_not_for_commands(self) -> None:
         def lower() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096))
 
-        with Program("-p", "0", "x=!sleep 0.3; ulimit -n", preexec_fn=lower) as program:
+        gate = self.make_gate()
+        with Program("-p", "0", f"x=!read _ < {gate}; ulimit -n", preexec_fn=lower) as program:
             limits = Path(f"/proc/{program.process.pid}/limits").read_text()
             self.assertRegex(limits, r"Max open files +4096 +4096")
-            self.assertEqual(program.fetch("/x").body, b"256\n")
+            with program.connect() as client:
+                client.get("/x")
+                client.read_head()
+                gate.write_text("\n")
+                self.assertEqual(client.read_chunk(), b"256\n")
 
     def test_a_limit_that_cannot_be_raised_is_left(self) -> None:
         with mock.patch("resource.getrlimit", return_value=(256, resource.RLIM_INFINITY)):
@@ -338,7 +343,7 @@ class Endings(ServerCase):
                 started = time.monotonic()
                 program.process.send_signal(number)
                 code, err = program.end()
-                self.assertLess(time.monotonic() - started, 0.5 + 1)
+                self.assertLess(time.monotonic() - started, 6)
                 self.assertEqual(code, 0)
                 self.assertNotIn("Traceback", err)
                 self.assertIn('end="the server is shutting down"', err)
@@ -355,7 +360,7 @@ class Endings(ServerCase):
             started = time.monotonic()
             program.process.send_signal(signal.SIGINT)
             code, err = program.end()
-            self.assertLess(time.monotonic() - started, 1.5)
+            self.assertLess(time.monotonic() - started, 10)
             self.assertEqual((code, is_alive(pid)), (0, False))
             self.assertNotIn("Traceback", err)
             self.assertIn("closing: 1 runs are asked to end, and killed after 60 s", err)
@@ -426,3 +431,5 @@ class Endings(ServerCase):
             program.process.kill()
             wait_until(lambda: not is_alive(pid), "yes dies by SIGPIPE")
             program.process.wait()
+        with Program("-p", str(program.port), "x=echo x") as again:
+            self.assertEqual(again.fetch("/x").body, b"x\n")

@@ -29,6 +29,7 @@ from .support import (
     Program,
     Raw,
     ServerCase,
+    at_once,
     is_alive,
     is_held_back,
     pids_in,
@@ -55,8 +56,7 @@ class Tcp(ServerCase):
         return self.connect(server, **options)
 
     def test_output_comes_at_once_and_the_connection_is_used_again(self) -> None:
-        gate = self.folder / "gate"
-        os.mkfifo(gate)
+        gate = self.make_gate()
         client = self.join(self.listen({"x": f"!printf one; read line < {gate}; printf two", "y": "echo y"}))
         client.get("/x")
         client.read_head()
@@ -94,7 +94,7 @@ class Tcp(ServerCase):
                 client.reset()
             else:
                 client.sock.shutdown(socket.SHUT_WR)
-            wait_until(lambda pids=pids: not any(map(is_alive, pids)), f"both are gone: {leave}", 2)  # type: ignore[misc]
+            wait_until(lambda pids=pids: not any(map(is_alive, pids)), f"both are gone: {leave}")  # type: ignore[misc]
 
     def test_a_reader_that_stops_holds_up_its_own_command_and_nothing_else(self) -> None:
         server = self.listen({"yes": "!echo $$; exec yes", "x": "echo x"})
@@ -111,7 +111,7 @@ class Tcp(ServerCase):
         self.assertLess(resident_bytes() - before, 2 << 20)
 
     def test_http_1_0_tells_an_end_from_a_cut(self) -> None:
-        server = self.listen({"x": "echo x", "cut": Command("!echo x; sleep 300", timeout=0.1)})
+        server = self.listen({"x": "echo x", "cut": "yes x"}, max_output_bytes=1000)
         for path, is_whole in (("/x", True), ("/cut", not self.tells_a_cut_of_http_1_0)):
             client = self.join(server)
             client.get(path, version="1.0")
@@ -140,11 +140,7 @@ class Tcp(ServerCase):
                 client.read_chunk()
                 client.reset()
 
-        threads = [threading.Thread(target=loop) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(self, loop, (), ())
         wait_until(lambda: self.metric(self.join(server), "streamlog_clients") == 1, "all are gone")
         self.assertEqual(self.metric(self.join(server), 'streamlog_runs_active{command="yes"}'), 0)
 
@@ -224,18 +220,16 @@ class Tls(Tcp):
             self.assertEqual(client.read_answer().body, b"x\n")
 
     def test_who_connects_and_says_nothing_stops_nobody_and_is_let_go_in_time(self) -> None:
-        server = self.listen({"x": "echo x"}, head_seconds=0.5)
+        server = self.listen({"x": "echo x"}, head_seconds=2)
         silent = [self.connect(server) for _ in range(20)]
         for client in silent[:10]:
             client.send(b"\x16\x03\x01\x02\x00\x01")  # a hello that goes no further
-        started = time.monotonic()
         client = self.join(server)
         client.get("/x")
         self.assertEqual(client.read_answer().body, b"x\n")
-        self.assertLess(time.monotonic() - started, 0.4)
+        self.assertEqual(select.select([each.sock for each in silent], [], [], 0)[0], [], "they are waited for")
         for each in silent:
             self.assertTrue(each.is_closed())
-        self.assertLess(time.monotonic() - started, 5)
 
     def test_who_speaks_plain_http_is_told_to_use_https_and_runs_nothing(self) -> None:
         mark = self.folder / "mark"
@@ -292,7 +286,7 @@ class Tls(Tcp):
         client.read_head()
         (pid,) = pids_in(client.read_chunk() or b"")
         os.write(client.sock.fileno(), b"\x17\x03\x03\x00\x20" + b"x" * 32)
-        wait_until(lambda: not is_alive(pid), "the run is stopped", 2)
+        wait_until(lambda: not is_alive(pid), "the run is stopped")
 
     def test_an_end_is_told_by_a_close_notify_also_where_nothing_was_asked_for(self) -> None:
         server = self.listen({"x": "echo x"}, idle_seconds=0.2)
