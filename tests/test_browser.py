@@ -560,16 +560,14 @@ source.addEventListener("exit", show);
     def test_the_page_that_a_user_writes_with_eventsource_works_and_never_starts_a_second_run(self) -> None:
         mark, gate = self.folder / "mark", self.make_gate()
         (self.folder / "page.html").write_text(self.PAGE)
-        server = self.serve(
-            {
-                "page": Command(f"cat {self.folder}/page.html", type="text/html"),
-                "ticks": f"!echo run >> {mark}; echo 1; read _ < {gate}; echo 2; echo oops >&2; exit 3",
-            }
-        )
+        ticks = f"!echo run >> {mark}; echo 1; read _ < {gate}; echo 2; read _ < {gate}; echo oops >&2; exit 3"
+        page = Command(f"cat {self.folder}/page.html", type="text/html")
+        server = self.serve({"page": page, "ticks": ticks})
         self.browser.open(f"{server.url}/page")
         items = "Array.from(document.querySelectorAll('li')).map(li => li.innerText)"
-        self.see(f"{items}.length == 1", "the first event, alone")
-        gate.write_text("\n")
+        for count in (1, 2):
+            self.see(f"{items}.length == {count}", "an event, before the next one")
+            gate.write_text("\n")
         self.see(f"{items}.length == 4", "all events")
         self.assertEqual(self.browser.run(items), ["message 1", "message 2", "stderr oops", "exit 3"])
         self.see("source.readyState == EventSource.CLOSED", "it has come again, and was told to stay away")

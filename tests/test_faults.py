@@ -250,7 +250,7 @@ class Ends(ServerCase):
     def test_what_comes_too_late_runs_nothing(self) -> None:
         mark = self.folder / "mark"
         server = self.serve({"x": Command("touch {x:path}", method="POST")})
-        self.enterContext_(mock.patch.object(streamlog, "_CUT_SECONDS", 10))
+        self.enterContext_(mock.patch.object(streamlog, "_CUT_SECONDS", 3))
         clients = [self.connect(server) for _ in range(3)]
         form = ["Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(str(mark)) + 2}"]
         for client in clients[:2]:
