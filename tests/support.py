@@ -320,7 +320,7 @@ class ServerCase(unittest.TestCase):
         return f"{sys.executable} -u {path}"
 
     def make_gate(self) -> Path:
-        """A FIFO where a command waits by `read _ < GATE`, until the test writes a line into it."""
+        """A FIFO where a command waits by `read _ <> GATE`, until the test writes a line into it."""
         os.mkfifo(self.folder / "gate")
         return self.folder / "gate"
 

@@ -127,7 +127,7 @@ class Encrypted(BrowserCase):
 class LiveText(BrowserCase):
     def test_lines_of_plain_text_appear_before_the_command_ends_and_leaving_ends_it(self) -> None:
         note, gate = self.folder / "pid", self.make_gate()
-        server = self.serve({"x": f"!echo $$ > {note}; echo first; read _ < {gate}; echo second; exec sleep 300"})
+        server = self.serve({"x": f"!echo $$ > {note}; echo first; read _ <> {gate}; echo second; exec sleep 300"})
         self.browser.open(f"{server.url}/x")
         self.see(f"{TEXT} == 'first\\n'", "the first line, alone")
         gate.write_text("\n")
@@ -167,7 +167,7 @@ class LivePage(BrowserCase):
 
     def test_short_output_stands_at_the_top_with_numbers_colours_and_the_end(self) -> None:
         gate = self.make_gate()
-        line = f"!printf 'a\033[31mred\033[0m\n'; read _ < {gate}; echo oops >&2; read _ < {gate}; "
+        line = f"!printf 'a\033[31mred\033[0m\n'; read _ <> {gate}; echo oops >&2; read _ <> {gate}; "
         server = self.serve({"x": line + "printf '1%%\r2%%\r3%%'; sleep 0.4; exit 3"})
         self.browser.open(f"{server.url}/x?format=html")
         for said in ("red", "oops"):
@@ -560,7 +560,7 @@ source.addEventListener("exit", show);
     def test_the_page_that_a_user_writes_with_eventsource_works_and_never_starts_a_second_run(self) -> None:
         mark, gate = self.folder / "mark", self.make_gate()
         (self.folder / "page.html").write_text(self.PAGE)
-        ticks = f"!echo run >> {mark}; echo 1; read _ < {gate}; echo 2; read _ < {gate}; echo oops >&2; exit 3"
+        ticks = f"!echo run >> {mark}; echo 1; read _ <> {gate}; echo 2; read _ <> {gate}; echo oops >&2; exit 3"
         page = Command(f"cat {self.folder}/page.html", type="text/html")
         server = self.serve({"page": page, "ticks": ticks})
         self.browser.open(f"{server.url}/page")
@@ -654,7 +654,7 @@ class Clients(ServerCase):
 
     def test_a_heartbeat_tells_that_a_silent_run_goes_on(self) -> None:
         gate = self.make_gate()
-        server = self.serve({"x": f"!printf a; read _ < {gate}; echo b"})
+        server = self.serve({"x": f"!printf a; read _ <> {gate}; echo b"})
         for format_ in ("text", "html"):
             with self.connect(server) as client:
                 client.get(f"/x?heartbeat=0.2&format={format_}")
@@ -761,7 +761,7 @@ class Clients(ServerCase):
 
     def test_a_character_that_comes_in_two_parts_is_one_event_s(self) -> None:
         gate = self.make_gate()
-        server = self.serve({"x": rf"!printf 'a\346\274'; read _ < {gate}; printf '\242 ok\n'"})
+        server = self.serve({"x": rf"!printf 'a\346\274'; read _ <> {gate}; printf '\242 ok\n'"})
         with self.connect(server) as client:
             client.get("/x?format=sse")
             first = client.read_until(b"data: a\n\n")

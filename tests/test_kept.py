@@ -418,7 +418,7 @@ class Kept(KeptCase):
 
     def test_every_format_replays_with_its_streams(self) -> None:
         gate = self.make_gate()
-        server = self.serve({"x": f"!echo out; read _ < {gate}; echo err >&2; read _ < {gate}; echo more"})
+        server = self.serve({"x": f"!echo out; read _ <> {gate}; echo err >&2; read _ <> {gate}; echo more"})
         path = self.keep(server, "/x")
         for count in (4, 8):
             wait_until(lambda count=count: self.state(server, path)["bytes"] == count, "it is kept")  # type: ignore[misc]
@@ -442,7 +442,7 @@ class Kept(KeptCase):
 
     def test_times_are_those_at_which_it_was_written(self) -> None:
         gate = self.make_gate()
-        server = self.serve({"x": f"!echo 1000; read _ < {gate}; echo 2000"})
+        server = self.serve({"x": f"!echo 1000; read _ <> {gate}; echo 2000"})
         with mock.patch("time.time", return_value=1000.0) as clock:
             path = self.keep(server, "/x")
             wait_until(lambda: self.state(server, path)["bytes"], "the first line is kept")
@@ -516,7 +516,7 @@ class Kept(KeptCase):
 
     def test_what_has_just_ended_is_not_the_first_to_be_dropped(self) -> None:
         gate = self.make_gate()
-        server = self.serve({"long": f"!read _ < {gate}", "short": "true"}, kept_runs=1)
+        server = self.serve({"long": f"!read _ <> {gate}", "short": "true"}, kept_runs=1)
         long, short = self.keep(server, "/long"), self.keep(server, "/short")
         self.ended(server, short)
         gate.write_text("\n")
@@ -794,7 +794,7 @@ class Shared(KeptCase):
 
     def test_two_that_come_at_once_get_one_run(self) -> None:
         count, gate = self.folder / "count", self.make_gate()
-        server = self.serve({"x": Command(f"!echo run >> {count}; read _ < {gate}; echo done", shared=True)})
+        server = self.serve({"x": Command(f"!echo run >> {count}; read _ <> {gate}; echo done", shared=True)})
         clients = [self.connect(server) for _ in range(20)]
 
         def ask(client: Raw) -> None:

@@ -309,7 +309,7 @@ class Serving(ServerCase):
             resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096))
 
         gate = self.make_gate()
-        with Program("-p", "0", f"x=!read _ < {gate}; ulimit -n", preexec_fn=lower) as program:
+        with Program("-p", "0", f"x=!read _ <> {gate}; ulimit -n", preexec_fn=lower) as program:
             limits = Path(f"/proc/{program.process.pid}/limits").read_text()
             self.assertRegex(limits, r"Max open files +4096 +4096")
             with program.connect() as client:

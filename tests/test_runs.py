@@ -409,7 +409,7 @@ class Starts(RunCase):
 
     def test_the_server_s_own_descriptor_limit_is_not_the_command_s(self) -> None:
         gate = self.make_gate()
-        run = self.run_(f"!read _ < {gate}; ulimit -n", child_nofile=(123, 456))
+        run = self.run_(f"!read _ <> {gate}; ulimit -n", child_nofile=(123, 456))
         gate.write_text("\n")
         self.assertEqual(self.read_all(run), b"123\n" if sys.platform == "linux" else b"")
 

@@ -774,7 +774,7 @@ class Departures(ServerCase):
 
     def test_where_poll_reports_no_hang_up_a_byte_sent_ahead_is_no_departure_and_costs_nothing(self) -> None:
         gate = self.make_gate()
-        server = self.serve({"x": f"!read _ < {gate}; echo x", "y": "echo y"})
+        server = self.serve({"x": f"!read _ <> {gate}; echo x", "y": "echo y"})
         with mock.patch.object(streamlog, "_HANG_UP", 0), self.connect(server) as client:
             client.get("/x")
             client.read_head()
