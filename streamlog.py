@@ -1041,13 +1041,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def _make_headers(access: Access, request: Request, reply: Reply) -> _Fields:
     """The headers of an answer. Raises ValueError rather than let a value break out of its line."""
-    length = reply.length
-    if not (reply.run or reply.status == 204 or (request.method == "HEAD" and reply.status == 200)):
-        length = len(reply.body)
-    own = {"X-Accel-Buffering": "no"} if reply.run else {}  # nginx would collect the output
-    if length is not None:
-        own["Content-Length"] = str(length)
-    headers = [*access.headers(request).items(), *reply.headers.items(), *own.items()]
+    headers = [*access.headers(request).items(), *reply.headers.items()]
+    if reply.length is not None:
+        headers.append(("Content-Length", str(reply.length)))
     if not "".join(itertools.chain(*headers)).isprintable():
         raise ValueError(f"a header holds a control character: {headers!r}")
     return headers
@@ -1407,7 +1403,7 @@ class Reply(NamedTuple):
     run: Run | None = None
     format: Format | None = None
     name: str = ""  # the command's; empty if the run is counted elsewhere
-    length: int | None = None  # of the body in bytes, if it is known
+    length: int | None = None  # of the body in bytes, if there is one and it is known
     spool: Transcript | None = None  # for the output of a run whose end decides on the status
 
 
@@ -1415,7 +1411,8 @@ _NO_CONTENT = Reply(204, {})
 
 
 def _text_reply(text: str, status: int = 200, headers: _Texts = _NO_TEXTS) -> Reply:
-    return Reply(status, {"Content-Type": _PLAIN_TEXT, "Vary": "Accept", **headers}, text.encode())
+    body = text.encode()
+    return Reply(status, {"Content-Type": _PLAIN_TEXT, "Vary": "Accept", **headers}, body, length=len(body))
 
 
 def _error_reply(error: Error, request: Request) -> Reply:
@@ -1587,7 +1584,7 @@ class Site:
             path = f"-/runs/{entry.id}"
             format_ = request.options.get("format")
             if request.wants_page:
-                return Reply(303, {"Location": f"{path}?format={format_}" if format_ else path})
+                return Reply(303, {"Location": f"{path}?format={format_}" if format_ else path}, length=0)
             headers = {"Location": f"{self._url(request)}/{path}" if self._settings.url else path}
             if "application/json" in request.accepted:
                 return _json_reply(entry.state, 202, headers)
@@ -1610,7 +1607,7 @@ class Site:
             if _is_on(request, "quiet"):  # a page goes on to show the run
                 return _NO_CONTENT
             if request.wants_page:
-                return Reply(303, {"Location": "../runs"})
+                return Reply(303, {"Location": "../runs"}, length=0)
             return _json_reply(entry.state, 202)
         if not entry.transcript or ("application/json" in request.accepted and "format" not in request.options):
             return _json_reply(entry.state)
@@ -1663,7 +1660,8 @@ class Site:
         that describe it. Raises Error."""
         command = entry.command
         given = request.options
-        headers = {"Content-Type": command.type, "Vary": "Accept"}
+        # The last one is for nginx, which would collect the output.
+        headers = {"Content-Type": command.type, "Vary": "Accept", "X-Accel-Buffering": "no"}
         if not command.is_plain_text:
             if given.get("format", "text") != "text":
                 raise Error(f"parameter 'format' is not available: the output is {command.type}, and sent as it is")
