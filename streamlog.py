@@ -999,17 +999,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Send the head of an answer."""
         client = self.wfile
         client.is_chunked = False
-        own = {"Date": self.date_time_string()}
+        lines = [f"HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}", f"Date: {self.date_time_string()}"]
         if reply.run and reply.length is None and not request.is_http_1_0:
             client.is_chunked = True
-            own["Transfer-Encoding"] = "chunked"
+            lines += ["Transfer-Encoding: chunked"]
             if request.wants_trailers:
-                own["Trailer"] = "Exit-Code"
+                lines += ["Trailer: Exit-Code"]
         if self.close_connection and not self._is_body_coming:  # said too early, it breaks an upload through a proxy
-            own["Connection"] = "close"
-        headers = [*_make_headers(self.server._site.access, request, reply), *own.items()]
-        status = f"HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}"
-        client.send("\r\n".join([status, *map(": ".join, headers), "\r\n"]).encode("latin-1"))
+            lines += ["Connection: close"]
+        lines += map(": ".join, _make_headers(self.server._site.access, request, reply))
+        client.send("\r\n".join([*lines, "\r\n"]).encode("latin-1"))
         client.status = reply.status
         client.body_bytes = 0
 
