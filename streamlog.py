@@ -1019,7 +1019,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         seconds = 0.0 if self._is_to_be_reset else _LINGER_SECONDS
         client.deadline = monotonic() + seconds
         with suppress(OSError, ValueError):
-            if seconds and isinstance(client.sock, ssl.SSLSocket) and not (feeder and feeder.is_alive()):
+            if seconds and isinstance(client.sock, ssl.SSLSocket) and not self._is_body_coming:
                 client.sock.unwrap()  # to a feeder that still reads, it would do harm
         with suppress(OSError):
             if seconds:
