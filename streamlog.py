@@ -153,7 +153,6 @@ import typing
 import unicodedata
 import urllib.parse
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -396,9 +395,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._site = Site(commands, settings, self._reach, self._socket_path, self._closing)
         self._owner = os.getpid()
         self._changed = Condition()  # guards the clients
-        self._clients: set[_Connection] = set()
-        self._site.clients = self._clients
-        self._idle: OrderedDict[_Connection, bool] = OrderedDict()  # the longest idle first
+        self._clients = self._site.clients
+        self._idle = collections.OrderedDict[_Connection, bool]()  # the longest idle first
         # Half of the descriptors are for clients, or the runs could shut all others out.
         self._client_max = _descriptor_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 2
         self._site.runs.limit(self._client_max)
@@ -1445,7 +1443,7 @@ class Site:
         self._can_keep = closing is not None
         self.access = Access(settings, reach)
         self.runs = _Runs(settings, closing)
-        self.clients: set[Any] = self.runs.active  # the server puts its own here
+        self.clients: set[Any] = set() if closing else self.runs.active  # the server's; under WSGI, each has a run
         self._pages = {
             "/": self._index,
             "/-/metrics": lambda _: _text_reply(self.runs.metrics(len(self.clients)), 200, _METRICS_HEADERS),
