@@ -165,7 +165,7 @@ from select import POLLIN, POLLOUT
 from threading import Condition, Lock, RLock, Thread
 from time import monotonic
 from types import MappingProxyType, SimpleNamespace
-from typing import IO, Any, Callable, Literal, NamedTuple, NoReturn, Optional, TextIO, Union
+from typing import IO, Any, Callable, Literal, NamedTuple, Optional, TextIO, Union
 from weakref import WeakSet
 
 __version__ = "0.1.0"
@@ -5073,11 +5073,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
     """Read the environment and the command line. Raises ConfigError."""
     import argparse
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"{message}; see --help")
-
-    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False, exit_on_error=False
+    )
     parser.add_argument("commands", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="version", version=f"streamlog {__version__}")
@@ -5093,7 +5091,10 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
                 add(action="append" if field.default == () else "store", type=parse)
             variables[name] = f"STREAMLOG{flags[-1][1:].replace('-', '_').upper()}", field
     argv = sys.argv[1:] if argv is None else argv
-    known, unknown = parser.parse_known_intermixed_args(argv)
+    try:
+        known, unknown = parser.parse_known_intermixed_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; see --help") from None
     given = vars(known)
     if given.pop("help", False):
         unknown += [word for word in argv if _HELP.match(word)]
