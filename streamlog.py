@@ -4910,8 +4910,8 @@ def _reap(waits: bool = False) -> None:
 _ELSEWHERE = re.compile("bind|port|no_auth|tls_(cert|key)|(stall|head|idle|keepalive)_seconds")
 
 
-def wsgi(commands: _AllGiven, **settings: Any) -> _Application:
-    """The site as a WSGI application, for a server such as gunicorn, or under a prefix of another application.
+class wsgi:  # noqa: N801  # it is called as start is
+    """The site as a WSGI application (PEP 3333), for a server such as gunicorn, or under a prefix of another one.
 
     commands and settings: as for `start`, except for those of a socket. Raises ConfigError.
 
@@ -4923,17 +4923,13 @@ def wsgi(commands: _AllGiven, **settings: Any) -> _Application:
     `token` or `allow_hosts` the application answers only to hosts of this machine, as it cannot see where its server
     listens.
     """
-    for name in filter(_ELSEWHERE.fullmatch, settings):
-        raise ConfigError(f"the setting {name!r} belongs to the server that runs the application: set it there")
-    return _Application(_make_commands(commands), Settings(**settings))
 
-
-class _Application:
-    """A site as a WSGI application (PEP 3333). Made by `wsgi`."""
-
-    def __init__(self, commands: _Commands, settings: Settings) -> None:
+    def __init__(self, commands: _AllGiven, **settings: Any) -> None:
+        for name in filter(_ELSEWHERE.fullmatch, settings):
+            raise ConfigError(f"the setting {name!r} belongs to the server that runs the application: set it there")
+        made = Settings(**settings)
         # It cannot see where its server listens. A client that has the token may come from anywhere.
-        self._site = Site(commands, settings, "network" if settings.token else "loopback")
+        self._site = Site(_make_commands(commands), made, "network" if made.token else "loopback")
         _watch_program()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
