@@ -5130,14 +5130,14 @@ def _manual() -> str:
             shown = f"{'  ' if flag[1] != '-' else '      '}{flag}"
             options += f"{shown:22} {about}\n" if len(shown) <= 22 else f"{shown}\n{'':22} {about}\n"
     manual = re.sub(r"(?s)\n(in a program|for developers):.*?(?=\nusage:|\Z)", "", __doc__ or "")
-    return _fill(manual.rstrip(), {"OPTIONS\n": options})
+    return manual.rstrip().replace("OPTIONS\n", options)
 
 
 def _load_commands(options: _Flags, warn: Callable[[str], object]) -> dict[str, Command]:
     """The commands of the files and of the command line; without any, this machine's diagnostics."""
-    given = itertools.chain(*map(_read_config, options.config), map(_parse_command_argument, options.commands))
+    given = [*itertools.chain(*map(_read_config, options.config)), *map(_parse_command_argument, options.commands)]
     commands = {}
-    for name, command in given if options.config or options.commands else _diagnostics():
+    for name, command in given or _diagnostics():  # a file without a command is refused
         if name in commands:
             raise ConfigError(f"command {name!r} is given twice: give one of them another name (NAME=COMMAND LINE)")
         commands[name] = command
@@ -5215,11 +5215,13 @@ def _load_token(path: str | None, where: str) -> str:
         token, where = _read_text(path).strip(), path
         if os.stat(path).st_mode & 0o077:
             _warn(f"others can read {path!r}: chmod 600 {path}")
-    if token is not None and not (token and token.isprintable()):
+    if token is None:
+        return ""
+    if not (token and token.isprintable()):
         raise ConfigError(f"the token in {where} must be one line of printable characters, and not empty")
-    if token and len(token) < 16:
+    if len(token) < 16:
         _warn(f"the token in {where} is short, and can be guessed: use at least 16 characters")
-    return token or ""
+    return token
 
 
 def _raise_descriptor_limit() -> tuple[int, int] | None:
