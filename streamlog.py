@@ -733,7 +733,7 @@ class _Connection(io.RawIOBase):
             if sent:
                 views[0] = views[0][sent:]
 
-    def attempt(self, step: Callable[[], Any], events: int) -> Any:
+    def attempt(self, step: _Action, events: int) -> Any:
         """Do a step as soon as the socket can be read (POLLIN) or written (POLLOUT). Raises _Late at the deadline, and
         _Gone because of an OSError. What a run has written is sent by its owner, who looks after it meanwhile."""
         run = self.run if events == POLLOUT else None
@@ -1202,7 +1202,7 @@ def _parse_headers(lines: Sequence[str]) -> _Texts:
     return headers
 
 
-def _unquote(text: str, decode: Callable[..., Any] = urllib.parse.unquote) -> Any:
+def _unquote(text: str, decode: _Function = urllib.parse.unquote) -> Any:
     """Percent-decode once, strictly (RFC 3986 section 2.1)."""
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise Error("a '%' in the URL must be followed by two hexadecimal digits")
@@ -4908,6 +4908,7 @@ def _reap(waits: bool = False) -> None:
 # WSGI: the site in another server
 
 _ELSEWHERE = re.compile("bind|port|no_auth|tls_(cert|key)|(stall|head|idle|keepalive)_seconds")
+_Environ = dict[str, Any]
 
 
 class wsgi:  # noqa: N801  # it is called as start is
@@ -4932,7 +4933,7 @@ class wsgi:  # noqa: N801  # it is called as start is
         self._site = Site(_make_commands(commands), made, "network" if made.token else "loopback")
         _watch_program()
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    def __call__(self, environ: _Environ, start_response: _Function) -> Iterable[bytes]:
         request = _UNREAD
         try:
             request = _read_environ(environ)
@@ -4981,7 +4982,7 @@ class wsgi:  # noqa: N801  # it is called as start is
         self._site.close()
 
 
-def _read_environ(environ: Mapping[str, Any]) -> Request:
+def _read_environ(environ: _Environ) -> Request:
     """The request that a WSGI server has read (PEP 3333): its text is bytes, as Latin-1. Raises Error."""
     prefix, path = (
         urllib.parse.quote(environ.get(key) or "", encoding="latin-1") for key in ("SCRIPT_NAME", "PATH_INFO")
@@ -5002,7 +5003,7 @@ def _read_environ(environ: Mapping[str, Any]) -> Request:
     return request
 
 
-def _read_wsgi_body(environ: Mapping[str, Any], request: Request) -> Iterator[bytes]:
+def _read_wsgi_body(environ: _Environ, request: Request) -> Iterator[bytes]:
     """The body of a request, in pieces. Raises Error if it is not as long as it says."""
     left = inf if request.is_chunked else request.body_bytes
     while left:
@@ -5133,7 +5134,7 @@ def _manual() -> str:
     return manual.rstrip().replace("OPTIONS\n", options)
 
 
-def _load_commands(options: _Flags, warn: Callable[[str], object]) -> dict[str, Command]:
+def _load_commands(options: _Flags, warn: Callable[[str], object]) -> _Commands:
     """The commands of the files and of the command line; without any, this machine's diagnostics."""
     given = [*itertools.chain(*map(_read_config, options.config)), *map(_parse_command_argument, options.commands)]
     commands = {}
