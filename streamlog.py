@@ -5203,7 +5203,11 @@ def _listen(commands: _Commands, options: _Flags) -> Server:
             read_token=_load_token(options.read_token_file, "STREAMLOG_READ_TOKEN"),
             child_nofile=_raise_descriptor_limit(),
         )
-        return Server(commands, settings, _take_listener())
+        server = Server(commands, settings, _take_listener())
+        path = server._socket_path
+        if path and os.stat(path).st_mode & 0o007:
+            _warn(f"every user can connect to {path!r}: SocketMode=0600")
+        return server
     except (OSError, UnicodeError) as error:  # the latter for a host name that cannot be one
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot listen on {where}: {why}; choose another address with -b and -p") from None
@@ -5244,12 +5248,10 @@ def _take_listener() -> socket.socket | None:
     if count != "1":
         raise ConfigError(f"only one socket from systemd can be used, and there are {count}: leave one ListenStream=")
     listener = socket.socket(fileno=3)
-    path = os.fsdecode(listener.getsockname()) if listener.family == socket.AF_UNIX else ""
-    # An abstract socket has no mode that decides who may connect.
-    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or path.startswith("\0"):
+    # An abstract socket, whose name is bytes (unix(7)), has no mode that decides who may connect.
+    is_abstract = isinstance(listener.getsockname(), bytes)
+    if is_abstract or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise ConfigError("the socket from systemd must listen, and have a port or a path: ListenStream=, Accept=no")
-    if path and os.stat(path).st_mode & 0o007:
-        _warn(f"every user can connect to {path!r}: SocketMode=0600")
     return listener
 
 
