@@ -842,14 +842,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         request = _UNREAD
         line = ""
         self.close_connection = True
+        # A connection may idle for a while, but a head must arrive quickly.
+        with self._within(settings.idle_seconds):
+            self.rfile.peek(1)
         started = monotonic()
         try:
-            # A connection may idle for a while, but a head must arrive quickly.
-            with self._within(settings.idle_seconds):
-                self.rfile.peek(1)
             with self._within(settings.head_seconds, "head"):
                 lines = _read_head(self.rfile)
-            started = monotonic()
             line = _printable(lines[0])
             request = _parse_head(lines)
             self.close_connection = request.is_last
