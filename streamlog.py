@@ -217,7 +217,7 @@ class _Rule(NamedTuple):
     def check(self, name: str, value: object) -> None:
         """Raises ConfigError unless a value that a program gives is right."""
         kind = _KINDS.get(self.read, object)
-        with suppress(AttributeError, TypeError):
+        with suppress(TypeError):
             is_truth = kind is not object and isinstance(value, bool)  # which is an int, too
             if isinstance(value, kind) and self.is_right(value) and not is_truth:
                 return
@@ -1298,9 +1298,7 @@ class Access:
         if self._is_on_network:
             self._hosts.add(socket.gethostname().lower())
         # DNS cannot point at a unix socket, and an attacker's page has no token: unless names are listed, any will do.
-        self._checks_host = (
-            bool(settings.allow_hosts) or reach == "loopback" or (self._is_on_network and not self._tokens)
-        )
+        self._checks_host = settings.allow_hosts or reach == "loopback" or (self._is_on_network and not self._tokens)
 
     def check(self, request: Request) -> bool:
         """Raise Error for a request that must not be answered. Returns whether a browser asks what a page of an allowed
@@ -1346,11 +1344,12 @@ class Access:
 
     def _find_token(self, authorization: str) -> str:
         """Which token a request has, as Bearer or as the password of Basic (RFC 6750, RFC 7617). Raises Error."""
-        scheme, _, given = authorization.partition(" ")
-        offered = given.strip(" \t").encode("latin-1") if scheme.lower() == "bearer" else b""
+        scheme, _, given = authorization.encode("latin-1").partition(b" ")
+        scheme, given = scheme.lower(), given.strip(b" \t")
+        offered = given if scheme == b"bearer" else b""
         with suppress(ValueError):
-            if scheme.lower() == "basic":
-                offered = base64.b64decode(given.strip(" \t"), validate=True).partition(b":")[2]
+            if scheme == b"basic":
+                offered = base64.b64decode(given, validate=True).partition(b":")[2]
         for name, token in self._tokens.items():
             if hmac.compare_digest(offered, token):
                 return name
