@@ -975,7 +975,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             )
             self._send_whole(request, _text_reply(text, 507, end))
             return
-        status = 500 if outcome.exit_code or outcome.reason else 200
+        status = 200 if outcome.kind == "ok" else 500
         self._send_head(request, reply._replace(status=status, headers={**reply.headers, **end}, length=spool.end))
         spool.file.seek(0)
         shutil.copyfileobj(spool.file, self.wfile, _BLOCK_MAX_BYTES)
@@ -5108,8 +5108,9 @@ def _check_words(program: str, argv: Sequence[str], bare: Sequence[str], unknown
     if any(word.startswith("--host") for word in unknown):
         raise ConfigError("there is no option --host: did you mean --bind?")
     if unknown:
-        if bare and argv.index(bare[0]) < argv.index(unknown[0]):
-            line = shlex.quote(" ".join(argv[argv.index(bare[0]) :]))
+        behind = argv[argv.index(bare[0]) :] if bare else []
+        if unknown[0] in behind:
+            line = shlex.quote(" ".join(behind))
             raise ConfigError(f"quote the command line, so that it is one argument: {program} {line}")
         if _HELP.match(unknown[0]):
             _print(_manual() if "--help" in unknown else _manual().partition("\n\ncommands:")[0])
@@ -5183,7 +5184,7 @@ def _warnings(command: Command) -> Iterator[str]:
         yield f"no such directory: {command.cwd!r}"
     if command.program and not _find_program(command):
         yield f"program not found, or not executable: {command.program!r}"
-    for word in () if command.is_shell or callable(command.command) else _QUOTED.sub("''", command.line).split():
+    for word in _QUOTED.sub("''", command.line).split() if command.program and not command.is_shell else ():
         if _FOR_SHELL.search(word):
             yield f"{word!r} means nothing without a shell: a leading ! asks for one"
     for match in _BRACE.finditer(command.line) if command.is_shell else ():
