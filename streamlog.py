@@ -459,9 +459,9 @@ class Server(http.server.ThreadingHTTPServer):
                 if monotonic() >= sweep:  # what is too old goes even if nobody looks
                     self._site.runs.listed()
                     sweep = monotonic() + _SWEEP_SECONDS
-                if self.fileno() in _poll(watched, min(sweep, monotonic() + interval)):
-                    self._accept()
-            except (BlockingIOError, ConnectionAbortedError):  # the client has left already
+                _poll(watched, min(sweep, monotonic() + interval))
+                self._accept()
+            except (BlockingIOError, ConnectionAbortedError):  # there is none, or it has left already
                 pass
             except Exception as error:  # whatever happens to one client, the next one is accepted
                 with suppress(Exception):  # memory may be short here, too
@@ -709,9 +709,9 @@ class _Connection(io.RawIOBase):
         """Read what has come, at least a byte; 0 at the end."""
         if monotonic() >= self.deadline:  # though there is always something to read
             raise _Late(_CLIENT_STALLED)
-        size = self.attempt(partial(self.sock.recv_into, room), POLLIN)
+        size: int = self.attempt(partial(self.sock.recv_into, room), POLLIN)
         self._has_unread = False
-        return int(size)
+        return size
 
     def write(self, data: Any) -> int:
         """Send all of the data, as one chunk if the body is chunked. Waits for a slow client."""
