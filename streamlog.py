@@ -915,8 +915,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self._send_live(request, reply, run)
             outcome = run.outcome
-            if reply.length not in (None, client.body_bytes):
-                outcome = outcome._replace(reason=_OVERTAKEN)
             # A client can tell a cut answer by the absence of this chunk. A browser would drop the end, which tells it.
             if client.is_chunked and (not outcome.reason or isinstance(reply.format, Html)):
                 has_trailer = request.wants_trailers and outcome.is_final
