@@ -334,8 +334,8 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            rule = field.metadata.get("rule")
-            if rule and value != field.default:
+            rule = field.metadata["rule"]
+            if value != field.default:
                 values = value if field.default == () else [value]
                 if isinstance(values, str) or not isinstance(values, Iterable):
                     raise ConfigError(f"{field.name} must be a list; each item must be {rule.demand}: {value!r}")
@@ -5028,12 +5028,12 @@ class _Flags(Settings):
     check: bool = _setting(False, "--check | print the commands as they were understood, and exit", _SWITCH_RULE)
     verbose: bool = _setting(False, "-v, --verbose | also log each start of a command", _SWITCH_RULE)
     quiet: bool = _setting(False, "-q, --quiet | print only the address at start, and log only warnings", _SWITCH_RULE)
-    commands: Sequence[str] = ()
-    insight: bool = False
+    commands: Sequence[str] = _setting((), "")
+    insight: bool = _setting(False, "")
 
     def _name(self, field: str) -> str:
-        field = "token_file" if field == "token" else field
-        return re.findall("--[a-z-]+", self.__dataclass_fields__[field].metadata["flag"])[0]  # type: ignore[no-any-return]
+        flag = self.__dataclass_fields__[field].metadata["flag"] or "--token-file"  # by which a token is given
+        return re.findall("--[a-z-]+", flag)[0]  # type: ignore[no-any-return]
 
 
 _HELP = re.compile("--help|-[a-z]*h")
@@ -5074,7 +5074,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> _Flags:
     parser.add_argument("--version", action="version", version=f"streamlog {__version__}")
     variables = {}
     for name, field in _Flags.__dataclass_fields__.items():
-        flags = re.findall(r"--?[a-z-]+", field.metadata.get("flag", ""))
+        flags = re.findall(r"--?[a-z-]+", field.metadata["flag"])
         if flags:
             add = partial(parser.add_argument, *flags, dest=name)
             if isinstance(field.default, bool):
@@ -5123,7 +5123,7 @@ def _manual() -> str:
     """What --help prints: this file's description without what is for programmers, and with the options."""
     options = ""
     for field in dataclasses.fields(_Flags):
-        flag, about = field.metadata.get("flag"), field.metadata.get("about")
+        flag, about = field.metadata["flag"], field.metadata["about"]
         if flag:
             shown = f"{'  ' if flag[1] != '-' else '      '}{flag}"
             options += f"{shown:22} {about}\n" if len(shown) <= 22 else f"{shown}\n{'':22} {about}\n"
@@ -5324,7 +5324,7 @@ def _announce(server: Server, options: _Flags) -> None:
         )
     url = settings.url.rstrip("/") or (f"{server._scheme}://localhost" if server._socket_path else server.url)
     lines = [server._site.curl_line(url, name, command) for name, command in server._site.commands.items()]
-    if options.token_file is not None:
+    if options.token_file:
         lines = [line.replace("$STREAMLOG_TOKEN", f"$(cat {shlex.quote(options.token_file)})", 1) for line in lines]
     _print(*([server.url] if options.quiet else [f"streamlog: listening on {server.url}", *lines]))
 
