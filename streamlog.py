@@ -426,14 +426,6 @@ class Server(http.server.ThreadingHTTPServer):
             self._made_socket = os.stat(self._socket_path)
             os.chmod(self._socket_path, 0o600)  # in time: nobody can connect before it listens
 
-    def server_close(self) -> None:
-        """Close the listener, and remove the file of a unix socket if it is still ours."""
-        super().server_close()
-        made, self._made_socket = self._made_socket, None
-        with suppress(OSError):
-            if made and os.path.samestat(made, os.lstat(self._socket_path)):
-                os.unlink(self._socket_path)
-
     def start(self) -> Server:
         """Serve in threads of its own, and return at once. The end of the program closes it too."""
         if self._is_closing:
@@ -539,8 +531,9 @@ class Server(http.server.ThreadingHTTPServer):
     def close(self) -> None:
         """Shut down and wait, for the grace time and a second at most. May be called twice.
 
-        Steps: 1. no more clients are accepted; 2. each thread stops its run, tells its client, and ends; 3. runs that
-        outlast their grace time are killed; 4. the transcripts and the bell are closed.
+        Steps: 1. no more clients are accepted; 2. the file of a unix socket is removed, if it is still ours; 3. each
+        thread stops its run, tells its client, and ends; 4. runs that outlast their grace time are killed; 5. the
+        transcripts and the bell are closed.
         """
         if self._owner != os.getpid():  # a fork's copy
             return
@@ -550,7 +543,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         if self._thread:
             self._thread.join()
-        self.server_close()
+        super().server_close()
+        made, self._made_socket = self._made_socket, None
+        with suppress(OSError):
+            if made and os.path.samestat(made, os.lstat(self._socket_path)):
+                os.unlink(self._socket_path)
         if not self._wait_until_idle(self._settings.grace_seconds + 0.5):
             self._kill()
             self._wait_until_idle(0.5)
@@ -558,8 +555,7 @@ class Server(http.server.ThreadingHTTPServer):
         if not self._clients:
             self._closing.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    server_close = close  # which a `with` block calls
 
     def _wait_until_idle(self, seconds: float) -> bool:
         """Wait until all clients and kept runs are gone; False if some are left after so long."""
