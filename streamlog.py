@@ -361,7 +361,7 @@ for _field in dataclasses.fields(Settings):
 _DESCRIPTORS_MAX = 65536  # one machine has no use for more threads than this
 # A new thread must find this much memory, its stack of 8 MiB included: Thread.start waits for ever for one that fails
 # before it runs (cpython 140746).
-_THREAD_BYTES = 16 * 1024 * 1024
+_THREAD_BYTES = 16 << 20
 _SWEEP_SECONDS = 60.0  # between looks for runs that are kept no longer
 _BUSY_ANSWER = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -790,8 +790,7 @@ class _Connection(io.RawIOBase):
 
 
 _LINGER_SECONDS = 2.0  # for a client to read an answer that ends in a close (RFC 9112 section 9.6)
-_BODY_SECONDS = 30.0  # for a form to arrive
-_REPLY_SECONDS = 30.0  # for a client to take an answer without a run
+_BODY_SECONDS = 30.0  # for a form to arrive, and for a client to take an answer without a run
 
 _PLAIN_HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
@@ -977,7 +976,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send_whole(self, request: Request, reply: Reply) -> Outcome:
         """Send an answer without a run."""
         end = "answered"
-        self.wfile.deadline = monotonic() + _REPLY_SECONDS
+        self.wfile.deadline = monotonic() + _BODY_SECONDS
         try:
             self._send_head(request, reply)
             self.wfile.write(b"" if request.method == "HEAD" else reply.body)
