@@ -997,7 +997,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 lines += ["Trailer: Exit-Code"]
         if self.close_connection and not self._is_body_coming:  # said too early, it breaks an upload through a proxy
             lines += ["Connection: close"]
-        lines += map(": ".join, _make_headers(self.server._site.access, request, reply))
+        lines += map(": ".join, self.server._site.access.headers(request, reply))
         client.send("\r\n".join([*lines, "\r\n"]).encode("latin-1"))
         client.status = reply.status
         client.body_bytes = 0
@@ -1026,16 +1026,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with suppress(_Gone):
             while client.readinto(bytearray(_BLOCK_MIN_BYTES)):
                 pass
-
-
-def _make_headers(access: Access, request: Request, reply: Reply) -> _Fields:
-    """The headers of an answer. Raises ValueError rather than let a value break out of its line."""
-    headers = [*access.headers(request).items(), *reply.headers.items()]
-    if reply.length is not None:
-        headers.append(("Content-Length", str(reply.length)))
-    if not "".join(itertools.chain(*headers)).isprintable():
-        raise ValueError(f"a header holds a control character: {headers!r}")
-    return headers
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1349,11 +1339,17 @@ class Access:
         challenge = {"WWW-Authenticate": 'Basic realm="streamlog", charset="UTF-8", Bearer realm="streamlog"'}
         raise Error("the token is missing or wrong: give it as curl -u :TOKEN does", 401, challenge)
 
-    def headers(self, request: Request) -> _Texts:
-        """The headers of every answer; some say which pages may read and frame it."""
-        if request.origin not in self._origins:
-            return self._headers
-        return {**self._headers, "Access-Control-Allow-Origin": request.headers["origin"], **_CORS_HEADERS}
+    def headers(self, request: Request, reply: Reply) -> _Fields:
+        """The headers of an answer; some say which pages may read and frame it. Raises ValueError rather than let a
+        value break out of its line."""
+        headers = [*self._headers.items(), *reply.headers.items()]
+        if request.origin in self._origins:
+            headers += [("Access-Control-Allow-Origin", request.headers["origin"]), *_CORS_HEADERS.items()]
+        if reply.length is not None:
+            headers += [("Content-Length", str(reply.length))]
+        if not "".join(itertools.chain(*headers)).isprintable():
+            raise ValueError(f"a header holds a control character: {headers!r}")
+        return headers
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4939,7 +4935,7 @@ class wsgi:  # noqa: N801  # it is called as start is
             answer = [] if environ["REQUEST_METHOD"] == "HEAD" else [reply.body]
         try:
             status = f"{reply.status} {HTTPStatus(reply.status).phrase}"
-            start_response(status, _make_headers(self._site.access, request, reply))
+            start_response(status, self._site.access.headers(request, reply))
         except BaseException:
             if reply.run:
                 answer.close()

@@ -1034,7 +1034,7 @@ class Limits(ServerCase):
     def test_a_bug_right_after_a_start_leaves_no_run(self) -> None:
         server = self.serve({"x": "sleep 300"})
         before = children()
-        for target in ("streamlog._make_headers", "streamlog._log.debug", "streamlog._Handler._send_head"):
+        for target in ("streamlog.Access.headers", "streamlog._log.debug", "streamlog._Handler._send_head"):
             with mock.patch(target, side_effect=ZeroDivisionError), self.assertLogs("streamlog", "DEBUG") as logged:
                 self.assertRaises(EOFError, self.fetch, server, "/x")
                 wait_until(lambda logged=logged: "ERROR" in str(logged.output), "the bug is logged", 2)  # type: ignore[misc]
@@ -1046,7 +1046,7 @@ class Limits(ServerCase):
         request = streamlog.Request("GET", "/", "", "localhost", {})
         for value in ("a\r\nb", "a\nb", "a\0", "\x85"):
             with self.assertRaises(ValueError):
-                streamlog._make_headers(access, request, streamlog._text_reply("", headers={"X": value}))
+                access.headers(request, streamlog._text_reply("", headers={"X": value}))
 
 
 class Log(ServerCase):
