@@ -419,12 +419,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind to the address, or make the file of a unix socket. (http.server's own would ask the DNS for a name.)"""
-        if self._socket_path:
-            _clear_socket(self._socket_path)
+        path = self._socket_path
+        if path:
+            _clear_socket(path)
         socketserver.TCPServer.server_bind(self)
-        if self._socket_path:
-            self._made_socket = os.stat(self._socket_path)
-            os.chmod(self._socket_path, 0o600)  # in time: nobody can connect before it listens
+        if path:
+            self._made_socket = os.stat(path)
+            os.chmod(path, 0o600)  # in time: nobody can connect before it listens
 
     def start(self) -> Server:
         """Serve in threads of its own, and return at once. The end of the program closes it too."""
@@ -1005,21 +1006,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Let the client read the answer: closing while it still sends would reset what it has not read."""
         client = self.wfile
+        sock = client.sock
         feeder = self._feeder
         seconds = 0.0 if self._is_to_be_reset else _LINGER_SECONDS
         client.deadline = monotonic() + seconds
         with suppress(OSError, ValueError):
-            if seconds and isinstance(client.sock, ssl.SSLSocket) and not self._is_body_coming:
-                client.sock.unwrap()  # to a feeder that still reads, it would do harm
+            if seconds and isinstance(sock, ssl.SSLSocket) and not self._is_body_coming:
+                sock.unwrap()  # to a feeder that still reads, it would do harm
         with suppress(OSError):
             if seconds:
-                client.sock.shutdown(socket.SHUT_WR)
+                sock.shutdown(socket.SHUT_WR)
             else:  # HTTP/1.0 takes any other end for that of the body
-                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if feeder:
             feeder.join(seconds)
             with suppress(OSError):
-                client.sock.shutdown(socket.SHUT_RD)
+                sock.shutdown(socket.SHUT_RD)
             feeder.join()  # or it might read from another client, whose connection has got the number of this one
         elif self.server._is_closing:
             return
@@ -1066,23 +1068,24 @@ class Request:
     prefix: str = ""  # where the site is mounted
 
     def __post_init__(self) -> None:
+        header = self.header
         self.host = re.sub(":[0-9]*$", "", self.authority).lower()
-        self.origin = self.header("origin").lower()
+        self.origin = header("origin").lower()
         self.is_chunked = "transfer-encoding" in self.headers
-        self.body_bytes = int(self.header("content-length") or 0)
+        self.body_bytes = int(header("content-length") or 0)
         self.has_body = self.is_chunked or self.body_bytes > 0
         # RFC 9112 section 9.6; what is left of a body must not be read as a request
-        self.is_last = self.is_http_1_0 or self.has_body or "close" in _split_list(self.header("connection"))
-        self.wants_trailers = "trailers" in _split_list(self.header("te"))
+        self.is_last = self.is_http_1_0 or self.has_body or "close" in _split_list(header("connection"))
+        self.wants_trailers = "trailers" in _split_list(header("te"))
         self.fields = _parse_query(self.query)
         self.root = "../" * (self.path.count("/") - 1) or "./"  # the site, as a relative URL
         self.client = self.user = ""  # its address, and the token that it has
         self.input: list[bytes] = []  # of the command, if it is a field of a form
         self.options: _Texts = {}  # the server's own among the fields, once the site has told them apart
         # Our answers have no validator, so no If-Range is met (RFC 9110 section 13.1.5).
-        self.range = "" if self.method == "HEAD" or "if-range" in self.headers else self.header("range")
+        self.range = "" if self.method == "HEAD" or "if-range" in self.headers else header("range")
         # media types and ranges, with their weights (RFC 9110 section 12.5.1)
-        accepted = map(_ACCEPTED.fullmatch, _split_list(re.sub("[ \t]", "", self.header("accept"))))
+        accepted = map(_ACCEPTED.fullmatch, _split_list(re.sub("[ \t]", "", header("accept"))))
         self.accepted = {match[1]: float(match[2] or 1) for match in accepted if match}
         self.wants_page = "text/html" in self.accepted
         self.pieces: Any = None  # of the body, as they come; the server sets it
