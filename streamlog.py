@@ -524,11 +524,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._is_closing = True
         self._closing.ring()
 
-    def _kill(self) -> None:
-        """Begin to close without a grace time: every process group is killed."""
-        self.shutdown()
-        self._site.runs.kill()
-
     def close(self) -> None:
         """Shut down and wait, for the grace time and a second at most. May be called twice.
 
@@ -550,7 +545,7 @@ class Server(http.server.ThreadingHTTPServer):
             if made and os.path.samestat(made, os.lstat(self._socket_path)):
                 os.unlink(self._socket_path)
         if not self._wait_until_idle(self._settings.grace_seconds + 0.5):
-            self._kill()
+            self._site.runs.kill()
             self._wait_until_idle(0.5)
         self._site.close()
         if not self._clients:
@@ -5282,7 +5277,7 @@ def _serve(server: Server, options: _Flags) -> None:
                 if number == signal.SIGHUP and can_reload:
                     _reload(server, options)
                 elif number in handled:
-                    (server._kill if server._is_closing else server.shutdown)()
+                    (server._site.runs.kill if server._is_closing else server.shutdown)()
             if server._is_closing:
                 _notify("STOPPING=1")
     finally:

@@ -1225,7 +1225,8 @@ class Closings(ServerCase):
             client.read_head()
             client.read_chunk()
             started = time.monotonic()
-            server._kill()
+            server.shutdown()
+            server._site.runs.kill()
             server.close()
             self.assertLess(time.monotonic() - started, 10)
 
