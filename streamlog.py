@@ -4925,7 +4925,7 @@ class wsgi:  # noqa: N801  # it is called as start is
             request.pieces = _read_wsgi_body(environ, request)
             reply = self._site.answer(request)
             if reply.run:
-                answer: Any = self._send(reply, reply.run, request.input or request.pieces)
+                answer: Any = self._send(request, reply)
                 next(answer)
         except Error as error:
             reply = _error_reply(error, request)
@@ -4940,13 +4940,14 @@ class wsgi:  # noqa: N801  # it is called as start is
             raise
         return answer  # type: ignore[no-any-return]
 
-    def _send(self, reply: Reply, run: Any, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    def _send(self, request: Request, reply: Reply) -> Iterator[bytes]:
         """The output of a run, as the body of an answer. A cut run raises, so that the server ends the connection
         without the final chunk."""
+        run: Any = reply.run
         stream, sent_bytes = Stream(run, reply.format), 0
         try:
             if run.takes_input:
-                _start_thread("streamlog-input", run.feed, pieces)
+                _start_thread("streamlog-input", run.feed, request.input or request.pieces)
             refusal = isinstance(run, Task) and run.settle(reply.format)
             if refusal:
                 raise refusal
