@@ -447,12 +447,11 @@ class Server(http.server.ThreadingHTTPServer):
             self._site.runs._closing = self._closing
         sweep = 0.0
         while not self._is_closing:
-            watched = {self._closing.descriptor: POLLIN, self.fileno(): POLLIN}
             try:
                 if monotonic() >= sweep:  # what is too old goes even if nobody looks
                     self._site.runs.listed()
                     sweep = monotonic() + _SWEEP_SECONDS
-                _poll(watched, min(sweep, monotonic() + interval))
+                _poll({self._closing.descriptor: POLLIN, self.fileno(): POLLIN}, min(sweep, monotonic() + interval))
                 self._accept()
             except (BlockingIOError, ConnectionAbortedError):  # there is none, or it has left already
                 pass
