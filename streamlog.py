@@ -2027,9 +2027,6 @@ class Launch(NamedTuple):
     stderr: str
     stdin: str  # "none", "pipe", which on a terminal is the terminal, or "own", this program's
 
-    def __str__(self) -> str:
-        return shlex.join(self.argv)
-
 
 _PASSED_HEADER = re.compile("(?i)(?!(?:proxy|(?:proxy-)?authorization|(?:set-)?cookie2?)$)[a-z0-9-]+")
 _OPTIONS = {  # of a command
@@ -2536,7 +2533,8 @@ class _Runs:
         try:
             run = entry.run = entry.make(settings, settings.timeout_seconds if timeout is None else timeout, release)
             if _log.isEnabledFor(logging.DEBUG):
-                _log.debug("started %s as %s: %s", entry.name, run, _printable(f"{run.line} {entry.values}"))
+                started = _printable(f"{entry.command.line} {entry.values}")
+                _log.debug("started %s as %s: %s", entry.name, run.name, started)
             return run
         except BaseException as error:
             if run:
@@ -2712,6 +2710,7 @@ class Run:
     The thread that starts a run owns it: only that one waits, reads and closes. Any thread may stop it.
     """
 
+    name = "a replay"  # for the log
     _stop_signal: int = signal.SIGTERM  # that asks it to end
     takes_input = False
     stream = ""  # of what was read last
@@ -2727,8 +2726,7 @@ class Run:
     _is_killed = False
     _is_drained = False
 
-    def __init__(self, line: object, settings: Settings, timeout: float | None) -> None:
-        self.line = line  # as str() has it
+    def __init__(self, settings: Settings, timeout: float | None) -> None:
         self.outputs: dict[int, tuple[str, IO[bytes]]] = {}  # streams and files, by the descriptors to read from
         self.started = monotonic()
         try:
@@ -2744,9 +2742,6 @@ class Run:
         self._owed: dict[int, float] = {}  # bytes that are still to be read of an output, after the drain time
         self._timeout = timeout
         self.later(timeout or inf, self._time_out)
-
-    def __str__(self) -> str:
-        return str(self.line)
 
     @property
     def outcome(self) -> Outcome:
@@ -2908,7 +2903,7 @@ class Run:
         self._look_for_exit()
         if self._abandon in self._agenda:  # it has ended, but nobody had looked
             return
-        _log.warning("%s does not end: given up", self)
+        _log.warning("%s does not end: given up", self.name)
         if self.exit_code is None:
             self._note_exit(128 + signal.SIGKILL)
         if self.outputs:
@@ -2991,7 +2986,7 @@ class Process(Run):
     _is_in_line = False  # of what was written to a terminal
 
     def __init__(self, launch: Launch, settings: Settings, timeout: float | None, release: _Action) -> None:
-        super().__init__(launch, settings, timeout)
+        super().__init__(settings, timeout)
         try:
             self._stop_signal = signal.Signals[f"SIG{launch.command.stop}"]
             process = self._process = _spawn(launch, settings)
@@ -3000,6 +2995,7 @@ class Process(Run):
             raise
         self._held.callback(release)
         self.pid = process.pid  # of the leader, and of its group
+        self.name = f"process group {self.pid}"
         self._groups = {self.pid}
         self.takes_input = launch.stdin == "pipe"
         self._stdin = process.stdin if self.takes_input else None
@@ -3020,9 +3016,6 @@ class Process(Run):
             self._exit = self._held.enter_context(_own(os.pidfd_open(self.pid))).fileno()
         except (AttributeError, OSError):  # it needs Linux 5.3, and may be forbidden in a container
             self._look_for_exit()
-
-    def __str__(self) -> str:
-        return f"process group {self.pid}"
 
     def write(self, data: bytes, pause: Callable[[_Events, float], object] = _poll) -> None:
         """Give the command input, as it takes it. Raises BrokenPipeError if it takes no more."""
@@ -3252,7 +3245,7 @@ def _watchdog(run: Run) -> Iterator[_Events]:
                 stack.callback(dog.kill)  # before its input is closed
                 watched[pipe.fileno()] = 0
             except OSError as error:
-                _log.warning("%s has no watchdog: %s", run, error)
+                _log.warning("%s has no watchdog: %s", run.name, error)
         yield watched
 
 
@@ -3268,7 +3261,8 @@ class Task(Run):
 
     def __init__(self, call: partial[Any], settings: Settings, timeout: float | None, release: _Action) -> None:
         arguments = ", ".join(f"{name}={value!r}" for name, value in call.keywords.items())
-        super().__init__(f"task {getattr(call.func, '__qualname__', call.func)}({arguments})", settings, timeout)
+        super().__init__(settings, timeout)
+        self.name = f"task {getattr(call.func, '__qualname__', call.func)}({arguments})"
         self._write_lock = Lock()  # guards the writer: threads that the task starts may log, too
         reader, writer = os.pipe()
         self.outputs[reader] = "stdout", _own(reader)
@@ -3330,8 +3324,8 @@ class Task(Run):
             self.write(text.encode(errors="replace"))
         with self._write_lock:
             self._writer.close()
-        if failed:
-            _log.getChild("task").error("%s failed", self, exc_info=failed)  # /log shows it, unlike our own records
+        if failed:  # /log shows it, unlike our own records
+            _log.getChild("task").error("%s failed", self.name, exc_info=failed)
         release()
         self.later(-inf, partial(self._note_exit, code))  # before all else that is due
         self.bell.ring()
@@ -4110,7 +4104,7 @@ class _Replay(Run):
         stop: float,
         wants: Callable[[str], bool] | None = None,
     ) -> None:
-        super().__init__("a replay", Settings(), None)
+        super().__init__(Settings(), None)
         self._held.callback(release)
         self._transcript, self._offset, self._stop, self._wants = transcript, offset, stop, wants
         self.moment = time.time()  # when what was read last had been written
@@ -4788,7 +4782,7 @@ class Stream(Iterator[bytes], AsyncIterator[bytes]):
         deadline = monotonic() + (inf if timeout is None else timeout)
         while self._run.exit_code is None:
             if monotonic() > deadline:
-                raise subprocess.TimeoutExpired(str(self._run), timeout or 0)
+                raise subprocess.TimeoutExpired(self._run.name, timeout or 0)
             self._read_ahead({}, min(deadline, monotonic() + _LOOK_SECONDS))
         return self._run.exit_code
 
