@@ -1583,7 +1583,7 @@ class Site:
         _, request.options = _sort_fields("/-/runs", {}, request.fields, _STOP_OPTIONS if stops else _REPLAY_OPTIONS)
         if stops:
             if entry.ended and (request.method == "DELETE" or _is_on(request, "drop")):
-                self.runs.drop(entry)
+                self.runs.drop_ended(entry)
             entry.run.stop(_ON_REQUEST)
             if _is_on(request, "quiet"):  # a page goes on to show the run
                 return _NO_CONTENT
@@ -2549,7 +2549,7 @@ class _Runs:
         """Start a run that outlives its client, with its input. Raises Error."""
         size = self._settings.transcript_bytes
         with self._lock:  # or another could take the same room
-            room = min(size, self._drop_ended(size))
+            room = min(size, self.drop_ended(wanted_bytes=size))
             if room < min(_TRANSCRIPT_MIN_BYTES, size):
                 raise _busy("there is no room for another transcript")
             entry.transcript = _open_transcript(self._settings, room)
@@ -2598,7 +2598,7 @@ class _Runs:
         entry.ended = monotonic()
         outcome = transcript.outcome = entry.outcome = run.outcome
         transcript.wake()
-        self._drop_ended()
+        self.drop_ended()
         self.count_end(entry.name, outcome, transcript.end)
         _log.info(
             f"kept={entry.id} command={entry.name} exit={outcome.exit_code} bytes={transcript.end} "
@@ -2633,22 +2633,16 @@ class _Runs:
 
     def listed(self) -> list[_Entry]:
         """The runs that go on, the oldest first, and the kept ones that have ended, the newest first."""
-        self._drop_ended()
+        self.drop_ended()
         going = (entry for entry in list(self.active) if hasattr(entry, "run"))
         return sorted(
             {*self._kept, *going}, key=lambda one: (-one.started_at, 0) if one.ended else (-inf, one.started_at)
         )
 
-    def drop(self, entry: _Entry) -> None:
-        """Forget a kept run that has ended, but not standard input, which cannot be read again. Its file is closed with
-        its last reader."""
-        with self._lock:
-            self._kept = [one for one in self._kept if one is not entry or one.command.is_source]
-
-    def _drop_ended(self, wanted_bytes: int = 0) -> int:
-        """Drop ended runs that are too old, too many, or in the way of a new transcript, the oldest first; but not
-        standard input, which cannot be read again. Their files are closed with their last readers. Returns the bytes
-        that are left for a transcript."""
+    def drop_ended(self, unwanted: _Entry | None = None, wanted_bytes: int = 0) -> int:
+        """Drop ended runs that are unwanted, too old, too many, or in the way of a new transcript, the oldest first;
+        but not standard input, which cannot be read again. Their files are closed with their last readers. Returns the
+        bytes that are left for a transcript."""
         settings = self._settings
         with self._lock:
             free = settings.transcripts_bytes - sum(one.room for one in self._transcripts)
@@ -2657,7 +2651,7 @@ class _Runs:
             past = set()
             for index, entry in enumerate(ended):
                 is_past = len(ended) - index > self._kept_max or monotonic() - entry.ended > settings.kept_seconds
-                if is_past or (free < wanted_bytes and not entry.viewers):
+                if is_past or entry is unwanted or (free < wanted_bytes and not entry.viewers):
                     past.add(entry)
                     free += entry.transcript.room
             self._kept = [entry for entry in self._kept if entry not in past]
@@ -2667,7 +2661,7 @@ class _Runs:
         """Make room on the disk: drop the next ended run that nobody reads. False if there is none."""
         with self._lock:
             count = len(self._kept)
-            self._drop_ended(self._drop_ended() + 1)
+            self.drop_ended(wanted_bytes=self.drop_ended() + 1)
             return len(self._kept) < count
 
     def metrics(self, client_count: int) -> str:
