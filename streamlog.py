@@ -3442,8 +3442,7 @@ class Format:
     block_bytes = _BLOCK_MAX_BYTES  # to feed at a time; less for a format that writes much more than it is fed
     beginning = b""  # what stands before the output
     comment_seconds = inf  # after which silence a sign of life is due, if no heartbeat is asked for
-    _at_line_start = True
-    _is_returned = False  # whether the last character was a carriage return
+    _last = b"\n"  # byte of what was written
 
     def __post_init__(self) -> None:
         heartbeat = self.options.heartbeat_seconds
@@ -3471,14 +3470,13 @@ class Format:
     def feed(self, stream: str, data: bytes) -> bytes:
         """Output of the run, as the client gets it."""
         self._note_output()
-        starts_line, self._at_line_start = self._at_line_start, data[-1:] == b"\n"
+        last, self._last = self._last, data[-1:]
         if not (self._host or self.options.timestamps):
             return data
         stamp = f"{_timestamp(self.clock())} " if self.options.timestamps else ""
         prefix = f"{stamp}{self._host}".encode()
-        starts_line |= self._is_returned and data[:1] != b"\n"
-        self._is_returned = data[-1:] == b"\r"  # if it is not the first half of CRLF, the line is written anew
-        return prefix * starts_line + re.sub(rb"\n(?!\Z)|\r(?!\n|\Z)", rb"\g<0>" + prefix, data)
+        # A carriage return that is not the first half of CRLF writes the line anew.
+        return re.sub(rb"\n(?!\Z)|\r(?!\n|\Z)", rb"\g<0>" + prefix, last + data)[len(last) :]
 
     def skip(self, count: int) -> bytes:
         """Say that so many bytes of output are missing here."""
@@ -3497,8 +3495,8 @@ class Format:
 
     def _note(self, note: str) -> bytes:
         """A line of our own."""
-        line_end = "" if self._at_line_start else "\n"
-        self._at_line_start = True
+        line_end = "" if self._last == b"\n" else "\n"
+        self._last = b"\n"
         return f"{line_end}{note}\n".encode()
 
 
