@@ -4077,11 +4077,11 @@ class Transcript:
             wanted = lines + (at > self.start and self._get(at - 1, 1) == b"\n")
             while at > self.start and wanted:
                 size = min(_BLOCK_MAX_BYTES, at - self.start)
-                block = self._get(at - size, size)
-                found = block.count(b"\n")
-                if found >= wanted:
-                    return at - len(block.split(b"\n", found - wanted + 1)[-1])
-                at, wanted = at - size, wanted - found
+                at -= size
+                first, *others = self._get(at, size).rsplit(b"\n", wanted)
+                if len(others) == wanted:
+                    return at + len(first) + 1
+                wanted -= len(others)
             return at
 
 
