@@ -3788,9 +3788,9 @@ class Html(Format):
                     cells[at - 1] = cells[at - 1][0] + one, span  # it joins the character before it
                 else:
                     cells.extend([_BLANK] * (at - len(cells)))
-                    parts = [one, ""][: 1 + (unicodedata.east_asian_width(one) in "FW")]
-                    cells[at : at + len(parts)] = [(part, span) for part in parts]
-                    at += len(parts)
+                    width = 1 + (unicodedata.east_asian_width(one) in "FW")
+                    cells[at : at + width] = [(one, span), ("", span)][:width]
+                    at += width
         if self._added and not self._is_edited:
             cells.extend([_BLANK] * (at - len(cells)))
             del cells[_CELLS_MAX:]
