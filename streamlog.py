@@ -3002,7 +3002,7 @@ class Process(Run):
                     self._held.push(file)  # that has closed its files and is about to exit
                 else:
                     self.outputs[file.fileno()] = stream, file
-        self._terminal = next(iter(self.outputs)) if launch.command.pty else None
+        self._terminal: Any = process.stdout if launch.command.pty else None  # our end of it
         if settings.child_nofile:
             with suppress(AttributeError, OSError, ValueError):  # it needs Linux; the process may have ended already
                 resource.prlimit(self.pid, resource.RLIMIT_NOFILE, settings.child_nofile)
@@ -3031,7 +3031,7 @@ class Process(Run):
 
     def end_input(self) -> None:
         """Tell it that no more comes: on a terminal by VEOF, within a line twice (termios(3))."""
-        if self._terminal is not None:
+        if self._terminal:
             with suppress(BrokenPipeError):
                 self.write(b"\x04\x04"[: 1 + self._is_in_line])
             self.later(_REMIND_SECONDS, self._repeat_end)
@@ -3043,10 +3043,10 @@ class Process(Run):
 
     def _repeat_end(self) -> None:
         """Repeat Ctrl-D while the program reads keys raw: switching to raw mode has discarded the one that was sent."""
-        if self._terminal in self.outputs:
+        if not self._terminal.closed:
             with suppress(OSError, termios.error):
                 if not termios.tcgetattr(self._terminal)[3] & termios.ICANON:
-                    os.write(self._terminal, b"\x04")
+                    os.write(self._terminal.fileno(), b"\x04")
             self.later(_REMIND_SECONDS, self._repeat_end)
 
     def feed(self, pieces: Iterable[bytes]) -> None:
@@ -3063,12 +3063,12 @@ class Process(Run):
             self.stop(str(error) if isinstance(error, Error) else _CLIENT_GONE)
 
     def _signal(self, number: int) -> None:
-        if number == signal.SIGTERM and self._terminal is not None:  # which an interactive shell ignores
+        if number == signal.SIGTERM and self._terminal:  # which an interactive shell ignores
             self.later(_HANG_UP_SECONDS, partial(self._signal, signal.SIGHUP))
         with self._lock:
             if self._process.returncode is not None and _exists(self.pid):  # a stranger's by now
                 return
-            if self._terminal is not None:
+            if self._terminal:
                 with suppress(OSError):  # without a look, the groups that are known must do
                     self._groups |= {group for group, session in _look(monotonic()) if session == self.pid}
             for group in self._groups:
@@ -3113,7 +3113,7 @@ class Process(Run):
             if _exists(self.pid):  # a stranger has the number by now
                 return True
         except ProcessLookupError:
-            if self._terminal is None or not _HAS_PROC:
+            if not (self._terminal and _HAS_PROC):
                 return True
         except PermissionError:  # another user's processes are in it
             pass
@@ -3121,7 +3121,7 @@ class Process(Run):
             living = _look(self.started)
         except OSError:  # take for living what cannot be looked at
             return False
-        if any(self.pid in (group, self._terminal is not None and session) for group, session in living):
+        if any(self.pid in (group, self._terminal and session) for group, session in living):
             return False
         self._signal(signal.SIGKILL)  # for one that forked during the look; zombies do not mind
         with suppress(ChildProcessError):
