@@ -3302,9 +3302,11 @@ class Task(Run):
             with _program_log.watch():
                 self._write_result(call())
             code = 0
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-            text = f"{error.code}\n" if isinstance(error.code, str) else ""
+        except SystemExit as error:  # None, a number or what to say, as for sys.exit
+            if error.code is None or isinstance(error.code, int):
+                code = error.code or 0
+            else:
+                text = f"{error.code}\n"
         except Error as error:  # before any output, it is the answer
             self.refusal = None if self.has_written else error.with_traceback(None)  # which would hold all that it met
             text = f"{error}\n"
