@@ -2992,7 +2992,7 @@ class Process(Run):
         self.name = f"process group {self.pid}"
         self._groups = {self.pid}
         self.takes_input = launch.stdin == "pipe"
-        self._stdin = process.stdin if self.takes_input else None
+        self._stdin = process.stdin
         for stream in ("stdin", "stdout", "stderr"):
             file = getattr(process, stream)
             if file:
