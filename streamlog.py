@@ -897,10 +897,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             if run.takes_input:
                 self._start_feeder(request, run)
-            refusal = isinstance(run, Task) and run.settle(reply.format, client)
-            if refusal:
-                self._send_whole(request, _error_reply(refusal, request))
-            elif reply.spool:
+            if reply.spool:
                 self._send_late(request, reply, run)
             else:
                 self._send_live(request, reply, run)
@@ -909,6 +906,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if client.is_chunked and (not outcome.reason or isinstance(reply.format, Html)):
                 has_trailer = request.wants_trailers and outcome.is_final
                 client.send(b"0\r\n", b"Exit-Code: %d\r\n" % outcome.exit_code if has_trailer else b"", b"\r\n")
+        except Error as refusal:  # of a task, whose run keeps it: it must not keep what it has met
+            self._send_whole(request, _error_reply(refusal.with_traceback(None), request))
+            outcome = run.outcome
         except _Gone as gone:
             run.stop(str(gone))
             run.close()
@@ -3282,17 +3282,18 @@ class Task(Run):
                 self.has_written = True
                 view = view[self._writer.write(view) :]
 
-    def settle(self, format_: Any, client: _Connection | None = None) -> Error | None:
-        """Wait for output or the end, but not longer than until the format has something due. Returns the Error that
-        the task has raised before any output, if so; it is over then."""
-        while not (self.has_written or self.exit_code is not None or monotonic() >= format_.due):
-            ready = self.wait(client.watched() if client else {}, format_.due)
-            if client:
-                client.react(ready)
-        if self.refusal:
-            for _ in self.pieces(None):
-                pass
-        return self.refusal
+    def pieces(self, given: Format | None, client: _Connection | None = None) -> Iterator[bytes]:
+        """As of any run, but nothing comes before there is output, a heartbeat or the end. Raises the Error that the
+        task has raised before any output; without a format, its text is the output."""
+        pieces = super().pieces(given, client)
+        for ahead in itertools.accumulate(pieces):
+            if not given or (len(ahead) > len(given.beginning) and not self.refusal):
+                break
+        else:
+            if self.refusal:
+                raise self.refusal
+        yield ahead
+        yield from pieces
 
     def _perform(self, call: _Action, release: _Action) -> None:
         """Call the function, in its thread, which may outlast the run: it gives the slot back."""
@@ -4935,12 +4936,9 @@ class wsgi:  # noqa: N801  # it is called as start is
         try:
             if run.takes_input:
                 _start_thread("streamlog-input", run.feed, request.input or request.pieces)
-            refusal = isinstance(run, Task) and run.settle(reply.format)
-            if refusal:
-                raise refusal
+            first = next(stream._pieces)
             yield b""  # the application comes to here by itself, so that `finally` is sure to run
-            yield b""  # most servers send the head at this
-            for piece in stream:
+            for piece in itertools.chain([first], stream):  # most servers send the head at the first, though empty
                 sent_bytes += len(piece)
                 yield piece
             if run.reason:
