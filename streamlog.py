@@ -3695,14 +3695,15 @@ class Html(Format):
     _end = ""  # what ends that line, if it is open
     _span = ""  # the tag that began the last text in it
     _column = 0  # of the cursor in it, before what follows
+    _cells: list[tuple[str, str]]  # its characters and their tags, by columns
+    _added: list[tuple[str, str]]  # text and its tags, not yet in the cells
     _is_edited = False  # whether what was written of it differs from the cells
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._lanes = _Lane("<samp>"), _Lane('<samp class="e">')
         self._lane = self._lanes[0]  # of the last line
-        self._cells: list[tuple[str, str]] = []  # its characters and their tags, by columns
-        self._added: list[tuple[str, str]] = []  # text and its tags, not yet in the cells
+        self._close_line()
         style = _VIEW_STYLE + "main { display: block }" * self.options.is_report
         page = _make_page(self.options.title, style, _VIEW, {"HEAD": self.options.head})
         self.beginning = page.partition("</body>")[0].encode()  # `end` writes the rest
@@ -3717,12 +3718,11 @@ class Html(Format):
         return written.encode()
 
     def end(self, outcome: Outcome) -> bytes:
-        rest = [self.feed(stream, b"\x18") for stream in ("stdout", "stderr")]  # CAN cancels an unfinished sequence
+        rest = self.feed("stdout", b"\x18") + self.feed("stderr", b"\x18")  # CAN cancels an unfinished sequence
         note = self._note(f"[{outcome.note}]") if self.options.notes != "never" else self._close_line().encode()
         word = {"ok": "succeeded: ", "failed": "failed: "}.get(outcome.kind, "")
-        result = html.escape(word + outcome.note)
-        state = f'<output class="{outcome.kind}">{result}</output>' if outcome.is_final else ""
-        return b"".join(rest) + note + f"</div></div></main>{state}</body></html>\n".encode()
+        state = f'<output class="{outcome.kind}">{word}{html.escape(outcome.note)}</output>' if outcome.is_final else ""
+        return rest + note + f"</div></div></main>{state}</body></html>\n".encode()
 
     def _note(self, note: str) -> bytes:
         return f'{self._close_line()}<samp class="n">{html.escape(note)}\n</samp>'.encode()
