@@ -2607,14 +2607,14 @@ class _Runs:
 
     def _copy(self, run: Run, transcript: Transcript, dog: _Events) -> None:
         """Write output into a transcript, until its end or that of the watchdog."""
-        ending = {self._closing.descriptor: POLLIN}
+        others = {self._closing.descriptor: POLLIN, **dog}
         while not run.is_over:
-            for descriptor in run.wait({**ending, **dog}):
+            for descriptor in run.wait(others):
                 if descriptor in dog:
                     time.sleep(_LOOK_SECONDS)  # in case that it cannot live
                     return
-                if descriptor in ending:
-                    ending = {}
+                if descriptor in others:
+                    del others[descriptor]
                     run.stop(_SHUTTING_DOWN)
                 else:
                     data = run.read(descriptor)
@@ -4028,7 +4028,8 @@ class Transcript:
     def _note_change(self, stream: str) -> None:
         """Remember where output of another stream begins, or of another time."""
         changes, now = self._changes, time.time()
-        if changes[-1][1] != stream or abs(now - changes[-1][2]) > self._time_seconds:
+        _, last, moment = changes[-1]
+        if stream != last or abs(now - moment) > self._time_seconds:
             changes.append((self.end, stream, now))
         if len(changes) > _CHANGES_MAX:  # the times become coarser
             self._time_seconds *= 2
