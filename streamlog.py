@@ -2845,15 +2845,15 @@ class Run:
         return os.read(descriptor, size)
 
     def stop(self, reason: str, grace: float = inf) -> None:
-        """Ask it to end, and kill it after the grace time. The first reason is the one that counts."""
+        """Ask it to end, and kill it after the grace time, or sooner. The first reason is the one that counts."""
         if self._owner != os.getpid():  # a fork's copy: the run is its parent's
             return
         with self._lock:
             if not self.is_over:
                 self.reason = self.reason or reason
             if not (self.is_gone or self._is_killed):
-                moment = monotonic() + min(grace, self._settings.grace_seconds)
-                self._agenda[self._kill] = min(moment, self._agenda.get(self._kill, inf))
+                if grace < inf or not self.is_stopping:
+                    self.later(min(grace, self._settings.grace_seconds), self._kill)
                 if not self.is_stopping:
                     self.is_stopping = True
                     # What a shell has in the background ignores SIGINT.
