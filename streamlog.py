@@ -2874,12 +2874,12 @@ class Run:
         """Note the exit if it has happened."""
 
     def _time_out(self) -> None:
-        self.stop(f"timeout after {self._timeout:g} s")
+        if self.exit_code is None:  # the drain time is not the command's
+            self.stop(f"timeout after {self._timeout:g} s")
 
     def _note_exit(self, code: int) -> None:
         """It has ended. What is in the pipes, or comes in the drain time, still belongs to the answer."""
         self.seconds, self.exit_code, self._exit = monotonic() - self.started, code, self.bell.descriptor
-        self._agenda.pop(self._time_out, None)
         self.later(0 if self._is_killed else self._settings.drain_seconds, self._end_drain)
         if self._is_killed:
             self.later(_ABANDON_SECONDS, self._abandon)
