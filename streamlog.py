@@ -3529,7 +3529,7 @@ class Ndjson(Format):
         parts, rest = self._write_parts(stream, rest)
         if rest:
             self._held[stream] = rest, now + _PARTIAL_SECONDS if lines or parts else moment
-        return self._schedule(written + parts + self._flush(now))
+        return self._schedule(written + parts)  # `pause` follows at once if another part is late
 
     def pause(self) -> bytes:
         now = self.timer()
