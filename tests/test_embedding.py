@@ -577,6 +577,12 @@ class Tasks(EmbeddingCase):
         with self.assertRaises(BrokenPipeError):
             kept[0].write("more")
 
+    def test_a_task_ends_with_the_code_or_the_text_that_sys_exit_is_given(self) -> None:
+        given: Any
+        for given, code, text in ((None, 0, b""), (3, 3, b""), ("no", 1, b"no\n"), (ValueError("bad"), 1, b"bad\n")):
+            with self.subTest(given=given), streamlog.stream(functools.partial(sys.exit, given)) as run:
+                self.assertEqual((b"".join(run), run.exit_code), (text, code))
+
     def test_a_task_that_fails_is_in_the_program_s_log_with_its_traceback(self) -> None:
         def task() -> None:
             raise ValueError("broken")
