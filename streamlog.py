@@ -3444,12 +3444,12 @@ class Format:
     type = _PLAIN_TEXT  # its Content-Type
     block_bytes = _BLOCK_MAX_BYTES  # to feed at a time; less for a format that writes much more than it is fed
     beginning = b""  # what stands before the output
-    comment_seconds = inf  # after which silence a sign of life is due, if no heartbeat is asked for
+    _quiet_seconds = inf  # of silence, after which a sign of life is due, if no heartbeat is asked for
     _last = b"\n"  # byte of what was written
 
     def __post_init__(self) -> None:
-        heartbeat = self.options.heartbeat_seconds
-        self._quiet_seconds = heartbeat if heartbeat < inf else self.comment_seconds
+        if self.options.heartbeat_seconds < inf:
+            self._quiet_seconds = self.options.heartbeat_seconds
         self._note_output()
         self._host = f"{self.options.hostname} " if self.options.hostname else ""
         if self._host or self.options.timestamps:
@@ -3474,7 +3474,7 @@ class Format:
         """Output of the run, as the client gets it."""
         self._note_output()
         last, self._last = self._last, data[-1:]
-        if not (self._host or self.options.timestamps):
+        if self.block_bytes == _BLOCK_MAX_BYTES:  # nothing is added
             return data
         stamp = f"{_timestamp(self.clock())} " if self.options.timestamps else ""
         prefix = f"{stamp}{self._host}".encode()
@@ -3609,7 +3609,7 @@ class Sse(Ndjson):
     """Server-sent events (WHATWG HTML, section 9.2). An id is the number of bytes of output up to there."""
 
     type = "text/event-stream"
-    comment_seconds = _SSE_COMMENT_SECONDS
+    _quiet_seconds = _SSE_COMMENT_SECONDS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -3895,7 +3895,7 @@ _PALETTE = [
 
 def _set_style(style: dict[str, str], parameters: str) -> None:
     """Act on the parameters of a sequence. Those with colons (ISO 8613-6) are skipped."""
-    codes = iter([int(code[:5] or 0) for code in parameters.split(";") if ":" not in code])
+    codes = (int(code[:5] or 0) for code in parameters.split(";") if ":" not in code)
     for code in codes:
         tens, units = divmod(code, 10)
         if code in (38, 48, 58):
