@@ -2919,8 +2919,6 @@ class Run:
         Takes the grace time at most, and the time to give up. Output that still comes is dropped, but not cut off:
         a command that is cleaning up may print.
         """
-        if self._owner != os.getpid():  # a fork's copy, whose descriptors are closed
-            return
         if not self.is_gone:
             self.stop("closed")
         while not self.is_gone:
@@ -4820,7 +4818,7 @@ class Stream(Iterator[bytes], AsyncIterator[bytes]):
     def close(self) -> None:
         """Stop the run, and wait until all of it is gone: for the grace time of 5 s, and 2 s to give up. May be called
         twice."""
-        if self._run._owner != os.getpid():  # a fork's copy: a thread that is not in it may hold the lock
+        if self._run._owner != os.getpid():  # a fork's copy: its files are closed, and the lock may be held for ever
             return
         self._run.stop("closed")
         with self._driving:
