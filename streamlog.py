@@ -2780,13 +2780,11 @@ class Run:
         watched, due = self.watched()
         own = watched - self.outputs.keys()  # a replay's output is its bell
         ready = _poll({**others, **dict.fromkeys(own if is_paused else watched, POLLIN)}, min(deadline, due))
-        rang = own & ready.keys()
-        if rang:
+        for descriptor in own & ready.keys():
+            del ready[descriptor]
             self.bell.silence()
             self._look_for_exit()
         self._look_after()
-        for descriptor in rang:
-            del ready[descriptor]
         return ready
 
     def watched(self) -> tuple[set[int], float]:
