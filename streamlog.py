@@ -3012,9 +3012,9 @@ class Process(Run):
         view = memoryview(data)
         while view:
             stdin = self._stdin  # another thread may end the input
-            if stdin is None or self.exit_code is not None:
-                raise BrokenPipeError("the command takes no more input")
             try:
+                if stdin is None or self.exit_code is not None:
+                    raise BrokenPipeError
                 with self._lock:  # or it could be closed under our hands, and its number be that of another file
                     view = view[stdin.write(view) or 0 :]
                     descriptor = stdin.fileno()
