@@ -3190,10 +3190,11 @@ def _set_terminal(descriptor: int, lines: int, columns: int, echoes: bool) -> No
 # process 1 reaps it, which takes seconds in some containers, or never happens.
 _HAS_PROC = os.path.exists("/proc/self")
 _look_lock = Lock()
-_seen: tuple[float, set[tuple[int, int]]] = (-inf, set())  # the moment of the last look, and what it found
+_Living = set[tuple[int, int]]  # groups and sessions
+_seen: tuple[float, _Living] = (-inf, set())  # the moment of the last look, and what it found
 
 
-def _look(since: float) -> set[tuple[int, int]]:
+def _look(since: float) -> _Living:
     """The groups and sessions of living processes, seen after `since` and at most 50 ms ago. Raises OSError without a
     /proc; there, as on macOS, kill(2) does not count zombies anyway."""
     global _seen  # noqa: PLW0603
@@ -3419,6 +3420,7 @@ class Options(NamedTuple):
 
 
 _PLAIN = Options()
+_Clock = Callable[[], float]
 
 
 def _timestamp(moment: float) -> str:
@@ -3435,8 +3437,8 @@ class Format:
     """
 
     options: Options = _PLAIN
-    clock: Callable[[], float] = time.time
-    timer: Callable[[], float] = monotonic
+    clock: _Clock = time.time
+    timer: _Clock = monotonic
     type = _PLAIN_TEXT  # its Content-Type
     block_bytes = _BLOCK_MAX_BYTES  # to feed at a time; less for a format that writes much more than it is fed
     beginning = b""  # what stands before the output
@@ -3655,6 +3657,7 @@ _TERMINAL_TOKEN = re.compile(
     f"|{_CSI_PART}[@-~]|{_STRING_PART}(?:\x07|\x1b\\\\|\x9c)|\x1b+(?=\x1b)|\x1b[ -/]{{0,8}}[0-~]?"
     "|[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f]+|."
 )
+_Tagged = list[tuple[str, str]]  # text, and the tags that begin it
 _BLANK = " ", ""  # a cell
 _CELLS_MAX = 400  # of a line that is edited; of a longer one, the rest stays as it is
 
@@ -3691,8 +3694,8 @@ class Html(Format):
     _end = ""  # what ends that line, if it is open
     _span = ""  # the tag that began the last text in it
     _column = 0  # of the cursor in it, before what follows
-    _cells: list[tuple[str, str]]  # its characters and their tags, by columns
-    _added: list[tuple[str, str]]  # text and its tags, not yet in the cells
+    _cells: _Tagged  # its characters, by columns
+    _added: _Tagged  # text that is not yet in the cells
     _is_edited = False  # whether what was written of it differs from the cells
 
     def __post_init__(self) -> None:
@@ -3989,7 +3992,7 @@ class Transcript:
         self.file = file or io.BytesIO()
         self._lock = Lock()  # guards what follows, and the place in the file
         self._changes = [(0, "stdout", 0.0)]  # offsets at which the stream or the time changes, and to which
-        self.drop_another: Callable[[], bool] = lambda: False  # to make room on a full disk; False if there is none
+        self.drop_another: _Action = lambda: False  # to make room on a full disk; False if there is none
         self.waiting: WeakSet[_Bell] = WeakSet()  # of readers that have read all there is
 
     def __del__(self) -> None:
