@@ -3446,6 +3446,8 @@ class Format:
     _last = b"\n"  # byte of what was written
 
     def __post_init__(self) -> None:
+        # Whether it can tell the client that output is missing: bare text has no place for that.
+        self.can_skip = self.type != _PLAIN_TEXT or self.options.notes != "never"
         if self.options.heartbeat_seconds < inf:
             self._quiet_seconds = self.options.heartbeat_seconds
         self._note_output()
@@ -3456,11 +3458,6 @@ class Format:
     def _note_output(self) -> None:
         self._last_output = self.timer()  # when the run last wrote
         self.due = self._last_output + self._quiet_seconds  # when `pause` is to be called
-
-    @property
-    def can_skip(self) -> bool:
-        """Whether it can tell the client that output is missing."""
-        return self.options.notes != "never"
 
     def cut(self, data: bytes) -> Sequence[bytes]:
         """A block of output in parts that are short even when each byte of them has become a line of its own."""
@@ -3510,7 +3507,6 @@ class Ndjson(Format):
 
     type = "application/x-ndjson"
     block_bytes = _BLOCK_MIN_BYTES
-    can_skip = True
     _record_time = ""  # of the last record of the program's log
 
     def __post_init__(self) -> None:
@@ -3687,7 +3683,6 @@ class Html(Format):
 
     type = "text/html; charset=utf-8"
     block_bytes = _BLOCK_MIN_BYTES
-    can_skip = True
     _prefix = ""  # of each line
     _lines = 0  # in this block
     _number = 0  # of the last line, among those that are seen
