@@ -2866,7 +2866,7 @@ class Run:
             self._end_drain()
 
     def _signal(self, number: int) -> None:
-        """Ask it to end, or end it by force (SIGKILL)."""
+        """Ask it to end, end it by force (SIGKILL), or see whether that can be done (0)."""
 
     def _look_for_exit(self) -> None:
         """Note the exit if it has happened."""
@@ -2885,6 +2885,7 @@ class Run:
     def _end_drain(self) -> None:
         """Read only what is in the pipes now: another process that holds them open is not waited for."""
         self._is_drained = True
+        self._signal(0)  # may what still holds the pipes be signalled?
         for descriptor in list(self.outputs):
             owed = self._owed[descriptor] = struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))[0]
             if not owed:
@@ -3087,10 +3088,6 @@ class Process(Run):
             if code < 0:
                 self.signal, code = -code, 128 - code
             self._note_exit(code)
-
-    def _end_drain(self) -> None:
-        self._signal(0)  # may what still holds the pipes be signalled?
-        super()._end_drain()
 
     def _end(self) -> None:
         """Ask the rest of the group to end too, and make sure that it does."""
