@@ -3516,7 +3516,13 @@ class Ndjson(Format):
         now = self._last_output = self.timer()
         held, moment = self._held.pop(stream, (b"", now + _PARTIAL_SECONDS))
         *lines, rest = (held + data).split(b"\n")
-        written = self._write(stream, lines) if lines else ""
+        written = ""
+        if lines and max(map(len, lines)) <= _PART_BYTES:
+            written = self._write_lines(stream, b"\n".join(lines), False)
+        else:  # one is too long
+            for line in lines:
+                parts, last = self._write_parts(stream, line)
+                written += parts + self._write_lines(stream, last, False)
         parts, rest = self._write_parts(stream, rest)
         if rest:
             self._held[stream] = rest, now + _PARTIAL_SECONDS if lines or parts else moment
@@ -3544,13 +3550,6 @@ class Ndjson(Format):
         """Write the parts of lines that are to go out by now."""
         late = [stream for stream, (_, moment) in self._held.items() if moment <= now]
         return "".join(self._write_lines(stream, self._held.pop(stream)[0], True) for stream in late)
-
-    def _write(self, stream: str, lines: list[bytes]) -> str:
-        """Write lines; each part of a long one but the last is marked."""
-        if max(map(len, lines)) <= _PART_BYTES:
-            return self._write_lines(stream, b"\n".join(lines), False)
-        pieces = (self._write_parts(stream, line) for line in lines)
-        return "".join(parts + self._write_lines(stream, rest, False) for parts, rest in pieces)
 
     def _write_parts(self, stream: str, line: bytes) -> tuple[str, bytes]:
         """Write what is too long of a line, in parts that end where a character does. Returns the rest too."""
