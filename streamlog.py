@@ -195,8 +195,8 @@ class Error(Exception):
 
     def __init__(self, message: str, status: int = 400, headers: _Texts = _NO_TEXTS) -> None:
         super().__init__(message)
-        if HTTPStatus(status) < 300:
-            raise ValueError(f"the status of an error is 300 or more: {status}")
+        if HTTPStatus(status) < 300 or status == 304:  # which have no such body
+            raise ValueError(f"the status of an error is 300 or more, but not 304: {status}")
         self.status = status
         self.headers = headers
 
@@ -2819,10 +2819,6 @@ class Run:
             data = self._take(descriptor, int(min(self._block, owed, limit)))
         except BlockingIOError:
             return b""
-        except OSError as error:
-            if error.errno != errno.EIO:  # a terminal that nobody has open any more (pty(7))
-                raise
-            data = b""
         whole, room = len(data), (self._settings.max_output_bytes or inf) - self.output_bytes
         if whole > room:  # said before the output may close, and the run be over
             self.stop(f"output limit of {self._settings.max_output_bytes} bytes")
@@ -2834,13 +2830,20 @@ class Run:
             self._look_after()
         elif whole == _BLOCK_MIN_BYTES:
             self._block = _BLOCK_MAX_BYTES
-            with suppress(OSError):  # it is no pipe, or the user's memory for pipes is spent
-                fcntl.fcntl(descriptor, _SET_PIPE_SIZE, _BLOCK_MAX_BYTES)
         return data
 
     def _take(self, descriptor: int, size: int) -> bytes:
-        """Up to so many bytes of an output. Raises BlockingIOError if there is nothing yet."""
-        return os.read(descriptor, size)
+        """Up to so many bytes of an output; none at its end. Raises BlockingIOError if there is nothing yet."""
+        try:
+            data = os.read(descriptor, size)
+        except OSError as error:
+            if error.errno != errno.EIO:  # a terminal that nobody has open any more (pty(7))
+                raise
+            return b""
+        if len(data) == _BLOCK_MIN_BYTES:
+            with suppress(OSError):  # it is no pipe, or the user's memory for pipes is spent
+                fcntl.fcntl(descriptor, _SET_PIPE_SIZE, _BLOCK_MAX_BYTES)
+        return data
 
     def stop(self, reason: str, grace: float = inf) -> None:
         """Ask it to end, and kill it after the grace time, or sooner. The first reason is the one that counts."""
@@ -3110,6 +3113,8 @@ class Process(Run):
                 return True
         except PermissionError:  # another user's processes are in it
             pass
+        if not _HAS_PROC:
+            return False
         try:
             living = _look(self.started)
         except OSError:  # take for living what cannot be looked at
@@ -3120,7 +3125,7 @@ class Process(Run):
         with suppress(ChildProcessError):
             while os.waitpid(-self.pid, os.WNOHANG)[0]:  # if we are process 1, orphans come to us
                 pass
-        return _HAS_PROC
+        return True
 
 
 _STDERR = {"merge": subprocess.STDOUT, "separate": subprocess.PIPE, "discard": subprocess.DEVNULL}
@@ -3979,7 +3984,7 @@ class Transcript:
     _is_failing = False  # which is logged once
 
     def __init__(self, size: int, file: IO[bytes] | None = None) -> None:
-        self.size = size
+        self.size = size or 1
         self.file = file or io.BytesIO()
         self._lock = Lock()  # guards what follows, and the place in the file
         self._changes = [(0, "stdout", 0.0)]  # offsets at which the stream or the time changes, and to which
@@ -4961,7 +4966,8 @@ def _read_environ(environ: _Environ) -> Request:
     if request.is_chunked and not environ.get("wsgi.input_terminated"):
         raise Error("the server in front does not pass a chunked body on: send it with a Content-Length", 411)
     request.scheme, request.prefix = environ["wsgi.url_scheme"], prefix
-    request.client = ":".join(str(environ[key]) for key in ("REMOTE_ADDR", "REMOTE_PORT") if environ.get(key))
+    address = environ.get("REMOTE_ADDR", "")
+    request.client = address and f"{address}:{environ.get('REMOTE_PORT', '')}"
     return request
 
 

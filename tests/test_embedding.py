@@ -527,6 +527,12 @@ class Tasks(EmbeddingCase):
             ],
         )
 
+    def test_an_error_has_a_status_of_answers_with_a_text(self) -> None:
+        for status in (200, 204, 304, 999):
+            with self.assertRaises(ValueError):
+                streamlog.Error("no", status)
+        self.assertEqual(streamlog.Error("there", 303, {"Location": "/"}).status, 303)
+
     def test_an_error_before_any_output_is_the_answer(self) -> None:
         def refuse(seconds: float = 0) -> None:
             time.sleep(seconds)

@@ -653,6 +653,13 @@ class Kept(KeptCase):
         )
         self.assertEqual(done.stdout.split(), ["4", "1"])
 
+    def test_where_nothing_is_kept_a_run_goes_on_all_the_same(self) -> None:
+        server = self.serve({"x": "printf abc"}, transcript_bytes=0)
+        path = self.keep(server, "/x")
+        self.assertEqual(self.ended(server, path)["bytes"], 3)
+        self.assertEqual(self.fetch(server, path).body, b"[2 bytes are no longer kept]\nc")
+        self.assertEqual(self.fetch(server, "/x?wait").status, 507)
+
     def test_memory_stays_flat(self) -> None:
         server = self.serve({"x": "head -c 300000000 /dev/zero"})
         before = resident_bytes()

@@ -276,8 +276,14 @@ class Stops(RunCase):
     STUBBORN = "!(trap '' TERM; exec >/dev/null 2>&1; sleep 300) & echo $!; sleep 0.02"
 
     def test_a_group_that_cannot_be_looked_at_is_taken_for_living(self) -> None:
-        for target in ("os.listdir", "builtins.open"):
-            with mock.patch(target, side_effect=OSError(errno.EMFILE, "too many")):
+        too_many = OSError(errno.EMFILE, "too many")
+        for target, effect, has_proc in (
+            ("os.listdir", too_many, True),
+            ("builtins.open", too_many, True),
+            ("os.listdir", [[]] * 99, False),  # as in a chroot(2) where it is an empty directory
+        ):
+            is_there = mock.patch.object(streamlog, "_HAS_PROC", has_proc)
+            with is_there, mock.patch(target, side_effect=effect):
                 run = self.run_(self.STUBBORN, grace_seconds=60, drain_seconds=10)
                 (pid,) = pids_in(self.read_all(run))
                 self.stall_through_drain_time(run)

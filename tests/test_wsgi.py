@@ -201,6 +201,7 @@ class Wsgi(WsgiCase):
             ({"REMOTE_ADDR": "192.0.2.1", "REMOTE_PORT": 80}, b"[192.0.2.1]\n"),  # as werkzeug has it
             ({"REMOTE_ADDR": "192.0.2.1", "REMOTE_PORT": "80"}, b"[192.0.2.1]\n"),
             ({"REMOTE_ADDR": "192.0.2.1"}, b"[192.0.2.1]\n"),
+            ({"REMOTE_ADDR": "2001:db8::7"}, b"[2001:db8::7]\n"),
             ({"REMOTE_ADDR": ""}, b"[]\n"),  # as gunicorn has it on a unix socket
             ({}, b"[]\n"),
         ):

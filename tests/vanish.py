@@ -29,7 +29,7 @@ def ip(*arguments: str) -> None:
 
 def main(line: str, stall_seconds: str) -> int:
     name = f"slog{os.getpid()}"
-    network = f"10.213.{os.getpid() % 250}"
+    network = f"198.{18 + os.getpid() // 256 % 2}.{os.getpid() % 256}"  # of those for tests (RFC 2544)
     try:
         ip("netns", "add", name)
     except (OSError, subprocess.CalledProcessError) as error:
