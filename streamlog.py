@@ -1950,17 +1950,15 @@ class Parameter(NamedTuple):
 
     def find_problem(self, value: str, starts_argument: bool = True, may_be_option: bool = False) -> str:
         """What is wrong with a value where it is to stand, or an empty string."""
-        if self.is_list:
-            find = partial(self._replace(is_list=False).find_problem, may_be_option=True)
-            return next(filter(None, map(find, value.splitlines())), "")
-        if not self.pattern.fullmatch(value) or "\0" in value or (self.type == "text" and not value.isprintable()):
-            return _TYPES.get(self.type, ("", f"must {'be' if self.choices else 'match'} {self.type}"))[1]
-        if self.type != "text" and _UP.search(value):
-            return "must not contain '..'"
-        if value.startswith("-") and not may_be_option:
-            return "must not begin with '-'"
-        if self.type == "path" and not starts_argument and value.startswith("/"):
-            return "must be a relative path"
+        for one in value.splitlines() if self.is_list else [value]:
+            if not self.pattern.fullmatch(one) or "\0" in one or (self.type == "text" and not one.isprintable()):
+                return _TYPES.get(self.type, ("", f"must {'be' if self.choices else 'match'} {self.type}"))[1]
+            if self.type != "text" and _UP.search(one):
+                return "must not contain '..'"
+            if one.startswith("-") and not may_be_option:
+                return "must not begin with '-'"
+            if self.type == "path" and not starts_argument and one.startswith("/"):
+                return "must be a relative path"
         return ""
 
 
