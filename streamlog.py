@@ -1519,9 +1519,7 @@ class Site:
             raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
         spool = _open_transcript(self._settings, self._settings.transcript_bytes) if _is_on(request, "wait") else None
         stderr = "merge" if options.format == "text" and not keeping else "separate"
-        launch: Any = command.bind(
-            name, values, stderr, "pipe" if takes_input else "none", _variables(command, request)
-        )
+        launch: Any = command.bind(name, values, stderr, takes_input, _variables(command, request))
         is_own = command in self._own.get(name, {}).values()
         is_reconnect = options.format == "sse" and "last-event-id" in request.headers
         if is_reconnect and not (is_own or self.runs.find_shared(entry)):
@@ -2023,7 +2021,7 @@ class Launch(NamedTuple):
     argv: Sequence[str]
     env: _Texts
     stderr: str
-    stdin: str  # "none", "pipe", which on a terminal is the terminal, or "own", this program's
+    takes_input: bool  # by a pipe, or the terminal if it runs on one
 
 
 _PASSED_HEADER = re.compile("(?i)(?!(?:proxy|(?:proxy-)?authorization|(?:set-)?cookie2?)$)[a-z0-9-]+")
@@ -2168,12 +2166,12 @@ class Command:
         return marked
 
     def bind(
-        self, name: str, values: _Texts, stderr: str = "merge", stdin: str = "none", variables: _Texts = _NO_TEXTS
+        self, name: str, values: _Texts, stderr: str = "merge", takes_input: bool = False, variables: _Texts = _NO_TEXTS
     ) -> Union[Launch, partial[Any]]:
         """Put values in their places. Raises Error for one that is missing or refused; `name` is for its text.
 
-        `stderr` is where standard error goes unless the command itself says so, `stdin` what standard input is, and
-        `variables` are added to the environment.
+        `stderr` is where standard error goes unless the command itself says so, and `variables` are added to the
+        environment.
         """
         bound: Any = {key: values.get(key, default) for key, default in self.defaults.items()}
         for key, value in bound.items():
@@ -2193,7 +2191,7 @@ class Command:
             argv = ["/bin/sh", "-c", _MARK.sub(r"${arg_\1}", self._arguments[0])]
             env |= {f"arg_{key}": value for key, value in bound.items()}
         stderr = self.stderr or ("merge" if self.pty else stderr)
-        return Launch(self, argv, env, stderr, "own" if self.is_source else stdin)
+        return Launch(self, argv, env, stderr, takes_input)
 
     def _complete(self, of: str, bound: _Texts, argument: str) -> str:
         """Put values into an argument, or into a script. Raises Error for one that must not stand there."""
@@ -2989,7 +2987,7 @@ class Process(Run):
         self.pid = process.pid  # of the leader, and of its group
         self.name = f"process group {self.pid}"
         self._groups = {self.pid}
-        self.takes_input = launch.stdin == "pipe"
+        self.takes_input = launch.takes_input
         self._stdin = process.stdin
         for stream in ("stdin", "stdout", "stderr"):
             file = getattr(process, stream)
@@ -3152,7 +3150,7 @@ def _spawn(launch: Launch, settings: Settings) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             argv,
             bufsize=0,
-            stdin={"none": subprocess.DEVNULL, "own": 0, "pipe": theirs}[launch.stdin],
+            stdin=0 if command.is_source else theirs if launch.takes_input else subprocess.DEVNULL,
             stdout=theirs,
             stderr=_STDERR[launch.stderr],
             cwd=command.cwd,
@@ -4696,7 +4694,7 @@ def stream(command: _Given, /, **values: object) -> Stream:
     else:
         made = made or Command(task)
         texts, _ = _sort_fields("stream", made.parameters, [(name, _text_of(one)) for name, one in values.items()], {})
-        launch = made.bind("stream", texts, stdin="pipe")
+        launch = made.bind("stream", texts, takes_input=True)
     return Stream(_maker(launch)(Settings(), made.timeout if made else None, lambda: None))
 
 
