@@ -1439,7 +1439,7 @@ class Site:
         }
         if self._can_keep:
             self._pages["/-/runs"] = self._list_runs
-        self._own = _own_commands(bool(settings.token)) if settings.insight else {}
+        self._own = _own_commands(bool(settings.token)) if settings.insight else []
         self._log = ExitStack()
         if settings.insight and settings.log:
             self._log.enter_context(_program_log.watch(settings.log))
@@ -1491,9 +1491,9 @@ class Site:
         """What answers at a path, by method. A command comes before a page or a command of our own."""
         name = path[1:]
         command = self.commands.get(name)
-        commands = dict.fromkeys(command.methods, command) if command else self._own.get(name)
+        commands = [command] if command else [own for own_name, own in self._own if own_name == name]
         if commands:
-            return {method: partial(self._run, name, one) for method, one in commands.items()}
+            return {method: partial(self._run, name, one) for one in commands for method in one.methods}
         if path.startswith("/-/runs/") and self._can_keep:
             return dict.fromkeys(("GET", "POST", "DELETE"), self._answer_kept)
         return {"GET": self._pages[path]} if path in self._pages else {}
@@ -1520,7 +1520,7 @@ class Site:
         spool = _open_transcript(self._settings, self._settings.transcript_bytes) if _is_on(request, "wait") else None
         stderr = "merge" if options.format == "text" and not keeping else "separate"
         launch: Any = command.bind(name, values, stderr, takes_input, _variables(command, request))
-        is_own = command in self._own.get(name, {}).values()
+        is_own = (name, command) in self._own
         is_reconnect = options.format == "sse" and "last-event-id" in request.headers
         if is_reconnect and not (is_own or self.runs.find_shared(entry)):
             return Reply(204, headers)  # an EventSource whose run has ended must not start another
@@ -1689,9 +1689,8 @@ class Site:
         return _text_reply(text)
 
     def _listed(self) -> _Commands:
-        """The commands of the index, by name; one of our own that has parameters by POST is listed so."""
-        own = {name: commands.get("POST") or commands["GET"] for name, commands in self._own.items()}
-        return {**self.commands, **own, **self.commands}  # a command hides one of our own, which come last
+        """The commands of the index, by name. A command hides one of our own, which come last."""
+        return {**self.commands, **dict(self._own), **self.commands}
 
     def _index(self, request: Request) -> Reply:
         """The commands: as a page, as JSON, or as lines for a shell."""
@@ -4141,13 +4140,15 @@ _LOG_BYTES = 1 << 20  # that a viewer may be behind
 _RECORD_CHARACTERS = 64 * 1024  # the rest of a longer record is cut off
 
 
-def _own_commands(can_set: bool) -> Mapping[str, _Commands]:
-    """The commands that show the program itself, by name and method; with a token, also what changes it. Their
-    functions are called at once, and return text, or what makes a run."""
-    level = {"GET": Command(_show_levels)}
+def _own_commands(can_set: bool) -> list[tuple[str, Command]]:
+    """The commands that show the program itself, and their names; with a token, also what changes it, which is listed
+    in place of what shows the same. Their functions are called at once, and return text, or what makes a run."""
+    own = [("log", Command(_follow_log)), ("stacks", Command(_show_stacks)), ("level", Command(_show_levels))]
     if can_set:
-        level["PUT"] = level["POST"] = Command(_set_level, method="POST")
-    return {"log": {"GET": Command(_follow_log)}, "stacks": {"GET": Command(_show_stacks)}, "level": level}
+        setter = Command(_set_level, method="POST")
+        setter.methods = ["POST", "PUT"]
+        own.append(("level", setter))
+    return own
 
 
 def _record_text(record: LogRecord) -> str:
