@@ -142,6 +142,7 @@ import socket
 import socketserver
 import ssl
 import stat
+import string
 import struct
 import subprocess
 import tempfile
@@ -4355,14 +4356,12 @@ def _describe_json(url: str, name: str, command: Command) -> dict[str, object]:
 
 def _fill(template: str, markup: _Texts, **texts: str) -> str:
     """Fill in a template's words in one pass, so that inserted text is never searched for them. Texts are escaped."""
-    parts = {**markup, **{word: html.escape(text) for word, text in texts.items()}}
-    return re.sub("|".join(parts), lambda match: parts[match[0]], template)
+    return string.Template(template).substitute(markup, **{word: html.escape(text) for word, text in texts.items()})
 
 
 def _make_page(title: str, style: str, template: str, markup: _Texts) -> str:
     """A page whose body is made from a template; `markup` is HTML already."""
-    body = _fill(template, markup, TITLE=title)
-    return _fill(_FRAME, {"STYLE": _COLOURS + style, "BODY": body}, TITLE=title)
+    return _fill(_FRAME.replace("$BODY", template), {**markup, "STYLE": _COLOURS + style}, TITLE=title)
 
 
 def _page_reply(title: str, template: str, markup: _Texts, headers: _Texts = _NO_TEXTS, status: int = 200) -> Reply:
@@ -4406,7 +4405,7 @@ def _index_page(commands: _Commands, lines: _Texts, keepable: Iterable[str]) -> 
             "BADGE": "" if method == "get" else "<em>POST</em>",
             "FIELDS": "\n".join(_form_fields(command)),
         }
-        template, line = _COMMAND.replace("KEEP", _KEEP if is_kept else ""), command.line
+        template, line = _COMMAND.replace("$KEEP", _KEEP if is_kept else ""), command.line
         rows += _fill(template, markup, NAME=name, ABOUT=command.about or line, LINE=line, CURL=lines[name])
     markup = {"COMMANDS": rows, "RUNS": _RUNS_LINK if keepable else ""}
     return _page_reply(f"streamlog on {socket.gethostname()}", _INDEX, markup)
@@ -4415,12 +4414,12 @@ def _index_page(commands: _Commands, lines: _Texts, keepable: Iterable[str]) -> 
 def _view_head(entry: _Entry, request: Request, is_listed: bool) -> str:
     """What stands above the output of a run, beside its title: what is special about it, and how it is stopped."""
     about = _GOES_ON if request.path.startswith("/-/") else _SHARED if entry.command.shared else ""
-    stop = _STOP.replace("ABOUT", about) if is_listed else _LEAVE
+    stop = _STOP.replace("$ABOUT", about) if is_listed else _LEAVE
     return _fill(stop, {"ROOT": request.root, "ID": entry.id})
 
 
 def _run_row(entry: _Entry) -> str:
-    template = _RUN.replace("LINK", _RUN_LINK if entry.transcript else "WHAT")
+    template = _RUN.replace("$LINK", _RUN_LINK if entry.transcript else "$WHAT")
     return _fill(
         template,
         {"ID": entry.id, "DROP": "?drop=1" if entry.ended else "", "VERB": "Drop" if entry.ended else "Stop"},
@@ -4472,14 +4471,14 @@ samp::before { counter-increment: line; content: counter(line); display: inline-
 samp.n::before { counter-increment: none; content: "" } samp.n, time, b { color: var(--soft) }
 samp.e { color: var(--c1) } samp:has(+ i), i { display: none }
 """
-_VIEW = """<header><h1 title="TITLE">TITLE</h1>HEAD</header>
+_VIEW = """<header><h1 title="$TITLE">$TITLE</h1>$HEAD</header>
 <main tabindex="0" aria-label="Output"><div><div>
 """
 # The answer to its form goes into a frame that nobody sees, so that the output goes on to its last line.
-_STOP = """<p>ABOUT</p><form action="ROOT-/runs/ID?quiet=1" method="post" target="quiet"><button>Stop</button></form>
+_STOP = """<p>$ABOUT</p><form action="$ROOT-/runs/$ID?quiet=1" method="post" target="quiet"><button>Stop</button></form>
 <iframe name="quiet" title="Answer" tabindex="-1"></iframe>"""
-_LEAVE = '<form action="ROOT-/idle"><button>Stop</button></form>'
-_GOES_ON = 'It goes on without you. <a href="ROOT-/runs" target="_top">Runs</a>'
+_LEAVE = '<form action="$ROOT-/idle"><button>Stop</button></form>'
+_GOES_ON = 'It goes on without you. <a href="$ROOT-/runs" target="_top">Runs</a>'
 _SHARED = "This run is shared: Stop ends it for everyone."
 _PAGE_STYLE = """
 * { box-sizing: border-box }
@@ -4533,37 +4532,38 @@ td:first-child, .row :is(h2, p) { white-space: nowrap; overflow: hidden; text-ov
 _STYLE_HASH = base64.b64encode(hashlib.sha256((_COLOURS + _PAGE_STYLE).encode()).digest()).decode()
 _PAGE_POLICY = _POLICY % f"'sha256-{_STYLE_HASH}'"
 _FRAME = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
+<html lang="en"><head><meta charset="utf-8"><title>$TITLE</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>STYLE</style></head>
-<body>BODY</body></html>
+<style>$STYLE</style></head>
+<body>$BODY</body></html>
 """
 _IDLE = "<main><p>Start a command to see its output here.</p></main>"
-_INDEX = """<header><h1>TITLE</h1><a class="skip" href="#-view">Output</a>RUNS</header>
+_INDEX = """<header><h1>$TITLE</h1><a class="skip" href="#-view">Output</a>$RUNS</header>
 <main aria-label="Commands">
-COMMANDS</main>
+$COMMANDS</main>
 <aside id="-view" tabindex="-1" aria-label="Output"><iframe name="view" title="Output" src="-/idle"></iframe></aside>
 """
-_ERROR = """<header><h1>TITLE</h1><a href="ROOT" target="_top">Commands</a></header><main><p>TEXT</p></main>"""
+_ERROR = """<header><h1>$TITLE</h1><a href="$ROOT" target="_top">Commands</a></header><main><p>$TEXT</p></main>"""
 _RUNS_LINK = '<a href="-/runs" target="runs">Runs</a>'
-_COMMAND = """<section aria-labelledby="NAME"><form action="NAMEQUERY" method="METHOD" target="view"><div class="row">
-<header><h2 id="NAME">NAME BADGE</h2><p title="ABOUT">ABOUT</p></header>
-FIELDS<button class="start" aria-label="Start NAME">Start</button></div>
-<details><summary aria-label="More of NAME">…</summary><p><code>LINE</code></p>
-<p><input class="curl" readonly aria-label="curl line for NAME" value="CURL"></p>
-<button formtarget="_blank" aria-label="Start NAME in its own tab">Own tab</button>KEEP</details></form></section>
+_COMMAND = """\
+<section aria-labelledby="$NAME"><form action="$NAME$QUERY" method="$METHOD" target="view"><div class="row">
+<header><h2 id="$NAME">$NAME $BADGE</h2><p title="$ABOUT">$ABOUT</p></header>
+$FIELDS<button class="start" aria-label="Start $NAME">Start</button></div>
+<details><summary aria-label="More of $NAME">…</summary><p><code>$LINE</code></p>
+<p><input class="curl" readonly aria-label="curl line for $NAME" value="$CURL"></p>
+<button formtarget="_blank" aria-label="Start $NAME in its own tab">Own tab</button>$KEEP</details></form></section>
 """
-_KEEP = ' <button name="async" value="1" aria-label="Start NAME in the background">Background</button>'
-_RUNS = """<header><h1>TITLE</h1><span>HOW <a href="../">Commands</a></span></header>
+_KEEP = ' <button name="async" value="1" aria-label="Start $NAME in the background">Background</button>'
+_RUNS = """<header><h1>$TITLE</h1><span>$HOW <a href="../">Commands</a></span></header>
 <main><table><thead><tr><th>Command<th>Started<th>By<th>Output<th>State<th></thead><tbody>
-ROWS</tbody></table></main>
+$ROWS</tbody></table></main>
 """
 _PAUSE, _FOLLOW = '<a href="runs?follow=0">Pause</a>', '<a href="runs">Follow</a>'
 _NO_RUNS = '<tr><td colspan="6">No command is running, and no background run is kept.</tr>'
-_RUN = """<tr><td title="WHAT">LINK<td>SINCE<td>CLIENT<td>BYTES bytes<td class="KIND">STATE
-<td><form action="runs/IDDROP" method="post"><button aria-label="VERB WHAT">VERB</button></form></tr>
+_RUN = """<tr><td title="$WHAT">$LINK<td>$SINCE<td>$CLIENT<td>$BYTES bytes<td class="$KIND">$STATE
+<td><form action="runs/$ID$DROP" method="post"><button aria-label="$VERB $WHAT">$VERB</button></form></tr>
 """
-_RUN_LINK = '<a href="runs/ID?format=html">WHAT</a>'
+_RUN_LINK = '<a href="runs/$ID?format=html">$WHAT</a>'
 
 
 # ---------------------------------------------------------------------------------------------
