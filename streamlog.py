@@ -2048,7 +2048,7 @@ _OPTIONS = {  # of a command
     ),
     "cwd": _FOLDER,
     "env": _Rule(
-        lambda text: dict(line.strip().split("=", 1) for line in text.splitlines() if line.strip()),
+        lambda text: dict(line.split("=", 1) for line in text.splitlines() if line),  # blanks are gone
         lambda env: (
             isinstance(env, Mapping)
             and all(re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and "\0" not in env[name] for name in env)
