@@ -2024,6 +2024,7 @@ class Launch(NamedTuple):
     takes_input: bool  # by a pipe, or the terminal if it runs on one
 
 
+_HIDDEN = "STREAMLOG_.*|LISTEN_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY"  # variables that no command gets
 _PASSED_HEADER = re.compile("(?i)(?!(?:proxy|(?:proxy-)?authorization|(?:set-)?cookie2?)$)[a-z0-9-]+")
 _OPTIONS = {  # of a command
     "command": _TEXT,
@@ -2097,15 +2098,18 @@ class Command:
     def __post_init__(self) -> None:
         self._check_options()
         given: Any = self.command
-        if not (isinstance(given, str) or callable(given)):
+        is_text = isinstance(given, str)
+        if not (is_text or callable(given)):
             try:
                 given = list(map(os.fsdecode, [given] if isinstance(given, Mapping) else given))
             except TypeError:
                 raise ConfigError(f"it must be a command line, a list of arguments or a callable: {given!r}") from None
             self.command = given
         self.is_source = given == "-"  # the server's own standard input
-        self.is_shell = isinstance(given, str) and given.lstrip().startswith("!")
+        self.is_shell = is_text and given.lstrip().startswith("!")
         self.shared = self.shared or self.is_source
+        if self.shared and (self.stdin or self.headers):
+            raise ConfigError("a shared command can have neither stdin nor headers: it serves more than one request")
         self.method = self.method or ("POST" if self.stdin else "GET")
         self.methods = sorted({self.method, *(("POST", "PUT") if self.stdin else ())})
         self.is_plain_text = bool(re.match("(?i)text/plain *(;|$)", self.type))  # a note of ours may follow
@@ -2119,10 +2123,8 @@ class Command:
             name = str(getattr(given, "__name__", given)).lstrip("_")
             self.line = f"{name}({', '.join(self.parameters)})" if name.isidentifier() else name
         else:
-            self.line = given if isinstance(given, str) else shlex.join(given)
-            self._arguments = self._read_words(
-                ["cat" if self.is_source else given] if isinstance(given, str) else given
-            )
+            self.line = given if is_text else shlex.join(given)
+            self._arguments = self._read_words(["cat" if self.is_source else given] if is_text else given)
             self.program = "/bin/sh" if self.is_shell else self._arguments[0]
         self.defaults = {one.name: one.default for one in self.parameters.values()}
         for one in self.parameters.values():
@@ -2132,8 +2134,7 @@ class Command:
                         list(map(partial(self._complete, "", {one.name: value}), self._arguments))
                 except Error as error:
                     raise ConfigError(f"default or choice of {error}") from None
-        hidden = "STREAMLOG_.*|LISTEN_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY"
-        inherited = {key: value for key, value in os.environ.items() if not re.fullmatch(hidden, key)}
+        inherited = {key: value for key, value in os.environ.items() if not re.fullmatch(_HIDDEN, key)}
         # Python's newer prompt redraws itself with each key, which curl cannot show.
         terminal = {"TERM": "xterm-256color", "PYTHON_BASIC_REPL": "1"} if self.pty else {}
         if self.pty and not self.stdin:  # nobody could press a key
@@ -2145,8 +2146,6 @@ class Command:
             value = getattr(self, name)
             if name != "command" and value != Command.__dataclass_fields__[name].default:
                 rule.check(name, value)
-        if (self.shared or self.command == "-") and (self.stdin or self.headers):
-            raise ConfigError("a shared command can have neither stdin nor headers: it serves more than one request")
 
     def _read_words(self, words: Sequence[str]) -> list[str]:
         """The arguments of a command line, a script or a list of words, with marks for the parameters."""
