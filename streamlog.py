@@ -1446,12 +1446,12 @@ class Site:
             self._log.enter_context(_program_log.watch(settings.log))
 
     def open_source(self) -> None:
-        """Begin to read standard input, if that is one of the commands. Raises Error."""
+        """Begin to read standard input, if that is one of the commands, for a viewer that leaves at once. Raises
+        Error."""
         for name, command in self.commands.items():
             if command.is_source:
-                entry = _Entry(name, command, {})
-                entry.make = _maker(command.bind(name, {}))
-                self.runs.share(entry).leave()
+                reply: Any = self._run(name, command, _UNREAD)
+                reply.run.close()
 
     def close(self) -> None:
         """Drop what is kept of runs and of the log."""
@@ -1817,7 +1817,7 @@ class _Entry:
     linger_seconds = inf  # how long the run goes on after its last viewer has left
     viewers = 0
 
-    def __init__(self, name: str, command: Command, given: _Texts, client: str = "") -> None:
+    def __init__(self, name: str, command: Command, given: _Texts, client: str) -> None:
         self.id = secrets.token_urlsafe(16)
         self.name = name
         self.command = command
