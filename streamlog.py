@@ -1656,17 +1656,17 @@ class Site:
             usual = inf if self._can_keep or format_ in ("text", "sse") else _SSE_COMMENT_SECONDS
         if format_ != "text":  # whose type may have parameters of its own
             headers["Content-Type"] = _FORMATS[format_].type
+        page = ""
         if format_ == "html":
             headers["Content-Security-Policy"] = _VIEW_POLICY
+            page = _view_page(entry, request, self._can_keep)
         return Options(
             format_,
             notes,
             timestamps=_is_on(request, "timestamps"),
             hostname=socket.gethostname() if _is_on(request, "hostname") else "",
             heartbeat_seconds=float(given.get("heartbeat", usual)),
-            title=str(entry) if format_ == "html" else "",
-            head=_view_head(entry, request, self._can_keep) if format_ == "html" else "",
-            is_report=command.is_report,
+            page=page,
             columns=(command.terminal or self._settings.terminal_size)[0],
         ), headers
 
@@ -3410,9 +3410,7 @@ class Options(NamedTuple):
     hostname: str = ""  # to put before each line
     heartbeat_seconds: float = inf
     offset: int = 0  # in the output, of the first byte that is fed
-    title: str = ""
-    head: str = ""  # what a page has beside its title, as HTML
-    is_report: bool = False  # whether a page opens at its beginning
+    page: str = ""  # a page up to its output, as HTML
     columns: int = 80  # of the terminal that a page stands for
 
 
@@ -3694,9 +3692,7 @@ class Html(Format):
         self._lanes = _Lane("<samp>"), _Lane('<samp class="e">')
         self._lane = self._lanes[0]  # of the last line
         self._close_line()
-        style = _VIEW_STYLE + "main { display: block }" * self.options.is_report
-        page = _make_page(self.options.title, style, _VIEW, {"HEAD": self.options.head})
-        self.beginning = page.partition("</body>")[0].encode()  # `end` writes the rest
+        self.beginning = self.options.page.encode()  # `end` writes the rest
 
     def feed(self, stream: str, data: bytes) -> bytes:
         self._note_output()
@@ -4410,11 +4406,13 @@ def _index_page(commands: _Commands, lines: _Texts, keepable: Iterable[str]) -> 
     return _page_reply(f"streamlog on {socket.gethostname()}", _INDEX, markup)
 
 
-def _view_head(entry: _Entry, request: Request, is_listed: bool) -> str:
-    """What stands above the output of a run, beside its title: what is special about it, and how it is stopped."""
+def _view_page(entry: _Entry, request: Request, is_listed: bool) -> str:
+    """A page up to the output of a run: its title, what is special about it, and how it is stopped."""
     about = _GOES_ON if request.path.startswith("/-/") else _SHARED if entry.command.shared else ""
     stop = _STOP.replace("$ABOUT", about) if is_listed else _LEAVE
-    return _fill(stop, {"ROOT": request.root, "ID": entry.id})
+    markup = {"HEAD": _fill(stop, {"ROOT": request.root, "ID": entry.id})}
+    style = _VIEW_STYLE + "main { display: block }" * entry.command.is_report
+    return _make_page(str(entry), style, _VIEW, markup).partition("</body>")[0]
 
 
 def _run_row(entry: _Entry) -> str:

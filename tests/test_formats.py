@@ -9,7 +9,7 @@ import re
 import unittest
 from typing import Optional
 
-from streamlog import Format, Html, Ndjson, Options, Outcome, Sse, _negotiate
+from streamlog import _VIEW, Format, Html, Ndjson, Options, Outcome, Sse, _make_page, _negotiate
 
 CLEAN = Outcome(0, "", 1.24)
 FAILED = Outcome(3, "", 0.04)
@@ -329,8 +329,10 @@ class Page(html.parser.HTMLParser):
 
 
 class HtmlFormat(unittest.TestCase):
+    PAGE = _make_page("x: echo <b>", "", _VIEW, {"HEAD": ""}).partition("</body>")[0]
+
     def write(self, *fed: tuple[str, bytes], outcome: Outcome = CLEAN, options: Optional[Options] = None) -> bytes:
-        format_ = Html(options or Options(title="x: echo <b>", notes="always"), noon)
+        format_ = Html((options or Options(notes="always"))._replace(page=self.PAGE), noon)
         return b"".join([format_.beginning, *(format_.feed(*piece) for piece in fed), format_.end(outcome)])
 
     def page(self, *fed: tuple[str, bytes], options: Optional[Options] = None) -> Page:
@@ -612,7 +614,7 @@ class HtmlFormat(unittest.TestCase):
         page = self.page(("stdout", b"a\nb\nc"), options=Options(timestamps=True, notes="never"))
         self.assertTrue(all(re.fullmatch(f"{STAMP} [abc]", line) for line in page.lines), page.lines)
         timer = Timer()
-        format_ = Html(Options(heartbeat_seconds=5), noon, timer)
+        format_ = Html(Options(heartbeat_seconds=5, page=self.PAGE), noon, timer)
         data = format_.beginning + format_.feed("stdout", b"a\r")
         timer.now = format_.due
         data += format_.pause() + format_.feed("stdout", b"b") + format_.end(FAILED)
