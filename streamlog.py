@@ -1440,7 +1440,7 @@ class Site:
         }
         if self._can_keep:
             self._pages["/-/runs"] = self._list_runs
-        self._own = _own_commands(bool(settings.token)) if settings.insight else []
+        self._own = _own_commands(settings.token) if settings.insight else []
         self._log = ExitStack()
         if settings.insight and settings.log:
             self._log.enter_context(_program_log.watch(settings.log))
@@ -1577,7 +1577,7 @@ class Site:
 
     def _answer_kept(self, request: Request) -> Reply:
         """Show a kept run, tell the state of another, or stop it; what is kept of one that has ended is dropped."""
-        entry = self.runs.find(request.path[len("/-/runs/") :])
+        entry = self.runs.find(request.path.removeprefix("/-/runs/"))
         stops = request.method in ("DELETE", "POST")
         _, request.options = _sort_fields("/-/runs", {}, request.fields, _STOP_OPTIONS if stops else _REPLAY_OPTIONS)
         if stops:
@@ -2011,9 +2011,6 @@ def _check_script(marked: str, parameters: _Parameters) -> None:
             raise ConfigError(f"the program itself cannot be a parameter: {name!r}")
 
 
-_Pty = Union[bool, Literal["echo"]]
-
-
 class Launch(NamedTuple):
     """One execution of a command's program that is to be started."""
 
@@ -2084,7 +2081,7 @@ class Command:
     max: Optional[int] = None
     stderr: Optional[str] = None
     stdin: bool = False
-    pty: _Pty = False
+    pty: Union[bool, Literal["echo"]] = False
     terminal: Optional[tuple[int, int]] = None
     shared: bool = False
     stop: str = "TERM"
@@ -4136,11 +4133,11 @@ _LOG_BYTES = 1 << 20  # that a viewer may be behind
 _RECORD_CHARACTERS = 64 * 1024  # the rest of a longer record is cut off
 
 
-def _own_commands(can_set: bool) -> list[tuple[str, Command]]:
+def _own_commands(token: str) -> list[tuple[str, Command]]:
     """The commands that show the program itself, and their names; with a token, also what changes it, which is listed
     in place of what shows the same. Their functions are called at once, and return text, or what makes a run."""
     own = [("log", Command(_follow_log)), ("stacks", Command(_show_stacks)), ("level", Command(_show_levels))]
-    if can_set:
+    if token:
         setter = Command(_set_level, method="POST")
         setter.methods = ["POST", "PUT"]
         own.append(("level", setter))
@@ -4328,16 +4325,6 @@ def _show_tasks() -> Iterator[str]:
 
 def _describe_json(url: str, name: str, command: Command) -> dict[str, object]:
     """A command for programs; `url` is the site's."""
-    parameters = [
-        {
-            "name": one.name,
-            "type": one.type,
-            "choices": one.choices,
-            "default": one.default,
-            "required": one.default is None,
-        }
-        for one in command.parameters.values()
-    ]
     return {
         "name": name,
         "about": command.about,
@@ -4345,7 +4332,16 @@ def _describe_json(url: str, name: str, command: Command) -> dict[str, object]:
         "stdin": command.stdin,
         "url": f"{url}/{name}",
         "command": command.line,
-        "parameters": parameters,
+        "parameters": [
+            {
+                "name": one.name,
+                "type": one.type,
+                "choices": one.choices,
+                "default": one.default,
+                "required": one.default is None,
+            }
+            for one in command.parameters.values()
+        ],
     }
 
 
@@ -4361,9 +4357,8 @@ def _make_page(title: str, style: str, template: str, markup: _Texts) -> str:
 
 def _page_reply(title: str, template: str, markup: _Texts, headers: _Texts = _NO_TEXTS, status: int = 200) -> Reply:
     """A page of the server's own."""
-    page = _make_page(title, _PAGE_STYLE, template, markup)
     headers = {**headers, "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _PAGE_POLICY}
-    return _text_reply(page, status, headers)
+    return _text_reply(_make_page(title, _PAGE_STYLE, template, markup), status, headers)
 
 
 def _form_fields(command: Command) -> Iterator[str]:
@@ -4416,9 +4411,8 @@ def _view_page(entry: _Entry, request: Request, is_listed: bool) -> str:
 
 
 def _run_row(entry: _Entry) -> str:
-    template = _RUN.replace("$LINK", _RUN_LINK if entry.transcript else "$WHAT")
     return _fill(
-        template,
+        _RUN.replace("$LINK", _RUN_LINK if entry.transcript else "$WHAT"),
         {"ID": entry.id, "DROP": "?drop=1" if entry.ended else "", "VERB": "Drop" if entry.ended else "Stop"},
         WHAT=str(entry),
         SINCE=_timestamp(entry.started_at)[:19].replace("T", " "),
