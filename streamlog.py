@@ -1524,7 +1524,7 @@ class Site:
         is_own = (name, command) in self._own
         is_reconnect = options.format == "sse" and "last-event-id" in request.headers
         if is_reconnect and not (is_own or self.runs.find_shared(entry)):
-            return Reply(204, headers)  # an EventSource whose run has ended must not start another
+            return _NO_CONTENT  # an EventSource whose run has ended must not start another
         if request.method == "HEAD":
             return Reply(200, headers)
         # One of our own is called at once, and returns text or what makes a run.
@@ -1615,7 +1615,7 @@ class Site:
                 what = f"what is before byte {transcript.start} is not kept"
             raise Error(f"that range cannot be had: {what}", 416, {"Content-Range": f"bytes */{end}"})
         if options.format == "sse" and outcome and "last-event-id" in request.headers and start >= end:
-            return Reply(204, headers)
+            return _NO_CONTENT
         if outcome:
             headers["Exit-Code"] = str(outcome.exit_code)
         # Plain bytes have a length if their end is known and nothing of ours is added.
