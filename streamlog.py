@@ -1504,15 +1504,16 @@ class Site:
         sort = partial(_sort_fields, name, command.parameters, known=_INPUT_OPTIONS if command.stdin else _RUN_OPTIONS)
         values, request.options = sort(request.fields)
         takes_input = command.stdin and request.has_body
-        if request.has_body and (not command.stdin or "-" in request.options):
-            self.runs.check_slot(name, command)
-            fields = _parse_form(request)
-            if command.stdin:
-                request.input = [dict(fields).get("-", "").replace("\r\n", "\n").encode()]
-                fields = [field for field in fields if field[0] != "-"]
-            values, request.options = sort(request.fields + fields)
-        elif takes_input and request.header("content-type").lower().startswith("multipart/form-data"):
-            raise Error("the body is passed to the command as it is: send it as curl -T or --data-binary does", 415)
+        if request.has_body:
+            self.runs.check_slot(name, command)  # before any of it is asked for
+            if not command.stdin or "-" in request.options:
+                fields = _parse_form(request)
+                if command.stdin:
+                    request.input = [dict(fields).get("-", "").replace("\r\n", "\n").encode()]
+                    fields = [field for field in fields if field[0] != "-"]
+                values, request.options = sort(request.fields + fields)
+            elif request.header("content-type").lower().startswith("multipart/form-data"):
+                raise Error("the body is passed to the command as it is: send it as curl -T or --data-binary does", 415)
         entry = _Entry(name, command, values, request.client)
         options, headers = self._read_options(entry, request)
         keeping = self._find_keeping(entry, request, takes_input)
@@ -1534,7 +1535,6 @@ class Site:
         entry.make = made
         if keeping:
             if takes_input and not request.input:
-                self.runs.check_slot(name, command)
                 request.input = [request.read_body(self._settings.input_bytes)]
             return self._keep(keeping, entry, request)
         run = self.runs.start(entry)
