@@ -4150,7 +4150,7 @@ def _record_text(record: LogRecord) -> str:
         text = record.getMessage()
     except Exception as error:  # arguments that do not fit the message; the program's own handlers report where
         text = f"{record.msg!r} cannot be formatted: {error!r}"
-    if record.exc_info and record.exc_info[0]:
+    if record.exc_info:
         text = f"{text}\n{''.join(traceback.format_exception(*record.exc_info)).rstrip()}"
     return (f"{text}\n{record.stack_info}" if record.stack_info else text)[:_RECORD_CHARACTERS]
 
