@@ -1944,7 +1944,7 @@ class Parameter(NamedTuple):
     choices: Sequence[str]
     default: str | None = None
     is_list: bool = False  # whether it may be given more than once: each value is a line
-    read: Callable[[str], object] = str  # what a task gets
+    read: _Function = str  # what a task gets
 
     def find_problem(self, value: str, starts_argument: bool = True, may_be_option: bool = False) -> str:
         """What is wrong with a value where it is to stand, or an empty string."""
@@ -2047,9 +2047,8 @@ _OPTIONS = {  # of a command
     "cwd": _FOLDER,
     "env": _Rule(
         lambda text: dict(line.split("=", 1) for line in text.splitlines() if line),  # blanks are gone
-        lambda env: (
-            isinstance(env, Mapping)
-            and all(re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and "\0" not in env[name] for name in env)
+        lambda env: all(
+            re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and "\0" not in value for name, value in env.items()
         ),
         "NAME=value, one a line",
         "a dict of names and texts",
