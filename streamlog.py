@@ -1519,7 +1519,7 @@ class Site:
         keeping = self._find_keeping(entry, request, takes_input)
         if re.fullmatch("bytes=0*[1-9][0-9]*-", request.range):
             raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
-        spool = _open_transcript(self._settings, self._settings.transcript_bytes) if _is_on(request, "wait") else None
+        spool = _open_transcript(self._settings) if _is_on(request, "wait") else None
         stderr = "merge" if options.format == "text" and not keeping else "separate"
         launch: Any = command.bind(name, values, stderr, takes_input, _variables(command, request))
         is_own = (name, command) in self._own
@@ -1627,7 +1627,7 @@ class Site:
             headers["Accept-Ranges"] = "bytes"
         if request.method == "HEAD":
             return Reply(200, headers, length=length)
-        spool = _open_transcript(self._settings, self._settings.transcript_bytes) if waits else None
+        spool = _open_transcript(self._settings) if waits else None
         run = _Replay(transcript, start, entry.leave, inf if follows else end)  # before the viewer counts: it may fail
         entry.enter()
         format_ = None  # the bytes as they are, if their offsets or their number are told
@@ -1739,7 +1739,7 @@ def _sort_fields(
     for key, value in fields:
         target = values if key in parameters else options
         if key in target:
-            if not (target is values and parameters[key].is_list):
+            if target is options or not parameters[key].is_list:
                 raise Error(f"parameter {key[:200]!r} of {name!r} is given twice")
             target[key] += f"\n{value}"
             continue
@@ -2301,7 +2301,7 @@ def _parse_command_argument(text: str) -> tuple[str, Command]:
     """The name and command of `[METHOD:]NAME=COMMAND LINE`, or of a bare command line."""
     [(method, name, line)] = re.findall(rf"(?s)^(?:(?:([A-Za-z]+):)?({_NAME.pattern})=)?(.*)", text)
     if not name:
-        name = "stdin" if line == "-" else os.path.basename(re.split(r"\s", line.lstrip("! \t\n"))[0])
+        name = "stdin" if line == "-" else os.path.basename(re.findall(r"[^!\s]\S*|$", line)[0])
     return name, _make_command(name, {"command": line, "method": method or "GET"})
 
 
@@ -4112,14 +4112,14 @@ class _Replay(Run):
         return outcome
 
 
-def _open_transcript(settings: Settings, size: int) -> Transcript:
-    """A transcript in a file without a name: /tmp is in memory on many machines, and /var/tmp is not
-    (file-hierarchy(7)). Raises Error."""
+def _open_transcript(settings: Settings, size: int = 0) -> Transcript:
+    """A transcript of what is kept of a run, or of less, in a file without a name: /tmp is in memory on many machines,
+    and /var/tmp is not (file-hierarchy(7)). Raises Error."""
     folder = settings.transcripts or os.environ.get("TMPDIR") or "/var/tmp"
     try:
         file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         _files.add(file)
-        return Transcript(size, file)
+        return Transcript(size or settings.transcript_bytes, file)
     except OSError as error:
         advice = f"make room, or set another by {settings._name('transcripts')}"
         raise _busy(f"cannot keep a transcript in {folder!r} ({error.strerror})", advice) from None
@@ -4249,8 +4249,7 @@ def _follow_log(tail: int = 10, level: str = "NOTSET", logger: str = "", follow:
                 if wants(stream):
                     starts.extend(at + match.start() for match in re.finditer(rb"(?m)^[0-9]{4}-[0-9-]{5}T", data))
                 at += len(data)
-            stop = inf if follow else end
-            return _Replay(transcript, min(starts, default=end), stack.pop_all().close, stop, wants)
+            return _Replay(transcript, min(starts, default=end), stack.pop_all().close, inf if follow else end, wants)
 
     return make
 
