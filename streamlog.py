@@ -1516,7 +1516,7 @@ class Site:
                 raise Error("the body is passed to the command as it is: send it as curl -T or --data-binary does", 415)
         entry = _Entry(name, command, values, request.client)
         options, headers = self._read_options(entry, request)
-        keeping = self._find_keeping(entry, request, takes_input)
+        keeping = self._find_keeping(entry, request)
         if re.fullmatch("bytes=0*[1-9][0-9]*-", request.range):
             raise Error("a new run cannot continue an earlier one, so nothing was run: ask without Range", 416)
         spool = _open_transcript(self._settings) if _is_on(request, "wait") else None
@@ -1540,16 +1540,14 @@ class Site:
         run = self.runs.start(entry)
         return Reply(200, headers, run=run, format=_FORMATS[options.format](options), name=name, spool=spool)
 
-    def _find_keeping(self, entry: _Entry, request: Request, takes_input: bool) -> str:
+    def _find_keeping(self, entry: _Entry, request: Request) -> str:
         """How the run is kept: "async", "shared", or not at all. Raises Error if it cannot be kept as asked."""
         can_keep = self._can_keep and entry.name in self.commands and not entry.command.is_source
-        prefers_async = can_keep and not takes_input and "respond-async" in _split_list(request.header("prefer"))
+        prefers_async = can_keep and "respond-async" in _split_list(request.header("prefer"))
         is_async = _is_on(request, "async", "1" if prefers_async else "0")
         waits = _is_on(request, "wait")
         if (is_async or waits) and not can_keep:
             raise Error("parameters 'wait' and 'async' are not available here")
-        if waits and takes_input:
-            raise Error("parameter 'wait' is not available for a command with input")
         if is_async and request.user == "read-token":
             raise Error(*_MAY_ONLY_LOOK)
         keeping = "async" if is_async else "shared" if self._can_keep and entry.command.shared and not waits else ""

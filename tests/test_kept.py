@@ -712,10 +712,16 @@ class Waiting(KeptCase):
         client.sock.close()
         wait_until(lambda: not is_alive(pid), "it is gone", 3)
 
-    def test_what_cannot_wait_or_be_kept_is_told(self) -> None:
-        server = self.serve({"x": Command("cat", stdin=True), "y": "true"})
-        told = b"'wait' is not available for a command with input"
-        self.assertIn(told, self.fetch(server, "/x?wait", "PUT", [], b"a").body)
+    def test_a_command_with_input_can_be_waited_for_and_preferred_to_be_kept(self) -> None:
+        server = self.serve({"x": Command("!cat; exit 3", stdin=True)})
+        data = os.urandom(1_000_000)
+        answer = self.fetch(server, "/x?wait", "PUT", [], data)
+        self.assertEqual((answer.status, answer.headers["exit-code"], answer.body), (500, "3", data))
+        kept = self.fetch(server, "/x", "PUT", ["Prefer: respond-async"], data)
+        self.assertEqual(self.fetch(server, f"/{kept.headers['location']}?wait").body, data)
+
+    def test_what_cannot_be_kept_is_told(self) -> None:
+        server = self.serve({"y": "true"})
         self.assertIn(b"parameter 'tail' is not available: 'y' is not shared", self.fetch(server, "/y?tail=1").body)
         self.assertIn(b"must be 0 or 1", self.fetch(server, "/y?wait=2").body)
 
