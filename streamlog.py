@@ -218,7 +218,7 @@ class _Rule(NamedTuple):
     def check(self, name: str, value: object) -> None:
         """Raises ConfigError unless a value that a program gives is right."""
         kind = _KINDS.get(self.read, object)
-        with suppress(TypeError):
+        with suppress(AttributeError, TypeError):
             is_truth = kind is not object and isinstance(value, bool)  # which is an int, too
             if isinstance(value, kind) and self.is_right(value) and not is_truth:
                 return
