@@ -452,9 +452,10 @@ class Server(http.server.ThreadingHTTPServer):
                 if monotonic() >= sweep:  # what is too old goes even if nobody looks
                     self._site.runs.listed()
                     sweep = monotonic() + _SWEEP_SECONDS
-                _poll({self._closing.descriptor: POLLIN, self.fileno(): POLLIN}, min(sweep, monotonic() + interval))
-                self._accept()
-            except (BlockingIOError, ConnectionAbortedError):  # there is none, or it has left already
+                watched = {self._closing.descriptor: POLLIN, self.fileno(): POLLIN}
+                if self.fileno() in _poll(watched, min(sweep, monotonic() + interval)):
+                    self._accept()
+            except (BlockingIOError, ConnectionAbortedError):  # the client has left already
                 pass
             except Exception as error:  # whatever happens to one client, the next one is accepted
                 with suppress(Exception):  # memory may be short here, too
@@ -551,7 +552,9 @@ class Server(http.server.ThreadingHTTPServer):
         if not self._clients:
             self._closing.close()
 
-    server_close = close  # which a `with` block calls
+    def server_close(self) -> None:
+        """Close, as a `with` block does."""
+        self.close()
 
     def _wait_until_idle(self, seconds: float) -> bool:
         """Wait until all clients and kept runs are gone; False if some are left after so long."""
@@ -3275,7 +3278,7 @@ class Task(Run):
         task has raised before any output; without a format, its text is the output."""
         pieces = super().pieces(given, client)
         for ahead in itertools.accumulate(pieces):
-            if not given or (len(ahead) > len(given.beginning) and not self.refusal):
+            if not given or ((self.has_written or len(ahead) > len(given.beginning)) and not self.refusal):
                 break
         else:
             if self.refusal:
@@ -3288,18 +3291,20 @@ class Task(Run):
         _task.set(self)
         code, text, failed = 1, "", None
         try:
-            with _program_log.watch():
-                self._write_result(call())
-            code = 0
-        except SystemExit as error:  # None, a number or what to say, as for sys.exit
-            if error.code is None or isinstance(error.code, int):
-                code = error.code or 0
-            else:
-                text = f"{error.code}\n"
-        except Error as error:  # before any output, it is the answer
-            self.refusal = None if self.has_written else error.with_traceback(None)  # which would hold all that it met
-            text = f"{error}\n"
-        except BaseException as error:
+            try:
+                with _program_log.watch():
+                    self._write_result(call())
+                code = 0
+            except SystemExit as error:  # None, a number or what to say, as for sys.exit
+                if error.code is None or isinstance(error.code, int):
+                    code = error.code or 0
+                else:
+                    text = f"{error.code}\n"
+            except Error as error:  # before any output, it is the answer
+                text = f"{error}\n"
+                # Its traceback would hold all that it has met.
+                self.refusal = None if self.has_written else error.with_traceback(None)
+        except BaseException as error:  # also one of the two above that cannot be put into words
             trace = error.__traceback__
             while trace and trace.tb_frame.f_code.co_filename == __file__:
                 trace = trace.tb_next
@@ -4062,10 +4067,11 @@ class Transcript:
             while at > self.start and wanted:
                 size = min(_BLOCK_MAX_BYTES, at - self.start)
                 at -= size
-                first, *others = self._get(at, size).rsplit(b"\n", wanted)
-                if len(others) == wanted:
-                    return at + len(first) + 1
-                wanted -= len(others)
+                block = self._get(at, size)
+                found = block.count(b"\n")
+                if found >= wanted:
+                    return at + len(block.rsplit(b"\n", wanted)[0]) + 1
+                wanted -= found
             return at
 
 
@@ -4950,7 +4956,7 @@ def _read_environ(environ: _Environ) -> Request:
     if request.is_chunked and not environ.get("wsgi.input_terminated"):
         raise Error("the server in front does not pass a chunked body on: send it with a Content-Length", 411)
     request.scheme, request.prefix = environ["wsgi.url_scheme"], prefix
-    address = environ.get("REMOTE_ADDR", "")
+    address = environ.get("REMOTE_ADDR") or ""
     request.client = address and f"{address}:{environ.get('REMOTE_PORT', '')}"
     return request
 

@@ -16,8 +16,9 @@ from .support import SOAK
 
 # The modules that run beside all others, each line in a process of its own; each takes about as long.
 BESIDE = [
-    {"browser", "deployment", "embedding", "promises", "readme", "wsgi"},
-    {"faults", "kept", "main", "runs", "server"},
+    {"browser", "deployment", "promises", "readme", "wsgi"},
+    {"faults", "listening", "main", "server"},
+    {"access", "chaos", "embedding", "insight", "kept", "runs"},
 ]
 # The classes that measure how a server does under an attack: they come last, when those have ended.
 ALONE = {"attacks.Attacks", "server.Load"}

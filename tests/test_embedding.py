@@ -527,6 +527,37 @@ class Tasks(EmbeddingCase):
             ],
         )
 
+    def test_what_a_task_ends_with_that_has_no_text_is_told_and_costs_nothing(self) -> None:
+        class Odd(streamlog.Error):
+            def __str__(self) -> str:
+                raise ValueError("no words")
+
+        def leave() -> None:
+            raise SystemExit(Odd(""))
+
+        def refuse() -> None:
+            raise Odd("")
+
+        server = self.start({"leave": leave, "refuse": refuse}, max_runs=1)
+        for path in ("/leave", "/refuse", "/leave"):
+            answer = self.fetch(server, path)
+            self.assertEqual((answer.status, answer.trailers), (200, {"Exit-Code": "1"}))
+            self.assertIn(b"no words", answer.body)
+
+    def test_the_page_of_a_task_comes_with_its_first_output_though_nothing_can_be_seen_of_it(self) -> None:
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+
+        def task() -> Iterator[str]:
+            yield "\x1b[2J"
+            gate.wait(20)
+
+        with self.connect(self.start({"x": task})) as client:
+            client.get("/x?format=html")
+            self.assertEqual(client.read_head()[0], 200)
+            gate.set()
+            client.read_until(b"</html>")
+
     def test_an_error_has_a_status_of_answers_with_a_text(self) -> None:
         for status in (200, 204, 304, 999):
             with self.assertRaises(ValueError):
