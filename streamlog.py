@@ -910,7 +910,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if client.is_chunked and (not outcome.reason or isinstance(reply.format, Html)):
                 has_trailer = request.wants_trailers and outcome.is_final
                 client.send(b"0\r\n", b"Exit-Code: %d\r\n" % outcome.exit_code if has_trailer else b"", b"\r\n")
-        except Error as refusal:  # of a task, whose run keeps it: it must not keep what it has met
+        except Error as refusal:  # of a task, whose run keeps it: a traceback would keep the run
             self._send_whole(request, _error_reply(refusal.with_traceback(None), request))
             outcome = run.outcome
         except _Gone as gone:
@@ -1449,8 +1449,7 @@ class Site:
             self._log.enter_context(_program_log.watch(settings.log))
 
     def open_source(self) -> None:
-        """Begin to read standard input, if that is one of the commands, for a viewer that leaves at once. Raises
-        Error."""
+        """Begin to read standard input, if that is one of the commands: ask for it, and leave at once. Raises Error."""
         for name, command in self.commands.items():
             if command.is_source:
                 reply: Any = self._run(name, command, _UNREAD)
@@ -3437,7 +3436,7 @@ class Format:
     block_bytes = _BLOCK_MAX_BYTES  # to feed at a time; less for a format that writes much more than it is fed
     beginning = b""  # what stands before the output
     _quiet_seconds = inf  # of silence, after which a sign of life is due, if no heartbeat is asked for
-    _last = b"\n"  # byte of what was written
+    _last = b"\n"  # the byte that was written last
 
     def __post_init__(self) -> None:
         # Whether it can tell the client that output is missing: bare text has no place for that.
@@ -4117,8 +4116,8 @@ class _Replay(Run):
 
 
 def _open_transcript(settings: Settings, size: int = 0) -> Transcript:
-    """A transcript of what is kept of a run, or of less, in a file without a name: /tmp is in memory on many machines,
-    and /var/tmp is not (file-hierarchy(7)). Raises Error."""
+    """A transcript of the usual size, or of a smaller one, in a file without a name: /tmp is in memory on many
+    machines, and /var/tmp is not (file-hierarchy(7)). Raises Error."""
     folder = settings.transcripts or os.environ.get("TMPDIR") or "/var/tmp"
     try:
         file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
@@ -4137,8 +4136,9 @@ _RECORD_CHARACTERS = 64 * 1024  # the rest of a longer record is cut off
 
 
 def _own_commands(token: str) -> list[tuple[str, Command]]:
-    """The commands that show the program itself, and their names; with a token, also what changes it, which is listed
-    in place of what shows the same. Their functions are called at once, and return text, or what makes a run."""
+    """The commands that show the program itself, and their names. With a token there is one that sets a level, too; it
+    comes last, so that the index shows its fields. Their functions are called at once, and return text, or what makes
+    a run."""
     own = [("log", Command(_follow_log)), ("stacks", Command(_show_stacks)), ("level", Command(_show_levels))]
     if token:
         setter = Command(_set_level, method="POST")
@@ -4870,7 +4870,7 @@ _ELSEWHERE = re.compile("bind|port|no_auth|tls_(cert|key)|(stall|head|idle|keepa
 _Environ = dict[str, Any]
 
 
-class wsgi:  # noqa: N801  # it is called as start is
+class wsgi:  # noqa: N801  # called as a function, as `start` is
     """The site as a WSGI application (PEP 3333), for a server such as gunicorn, or under a prefix of another one.
 
     commands and settings: as for `start`, except for those of a socket. Raises ConfigError.
