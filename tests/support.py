@@ -320,9 +320,14 @@ class ServerCase(unittest.TestCase):
         return f"{sys.executable} -u {path}"
 
     def make_gate(self) -> Path:
-        """A FIFO where a command waits by `read _ <> GATE`, until the test writes a line into it."""
-        os.mkfifo(self.folder / "gate")
-        return self.folder / "gate"
+        """A FIFO where a command waits by `read _ <> GATE`, until the test writes a line into it.
+
+        The test has it open, too: else its own opening would wait for ever for a command that never comes.
+        """
+        gate = self.folder / "gate"
+        os.mkfifo(gate)
+        self.addCleanup(os.close, os.open(gate, os.O_RDWR))
+        return gate
 
     def log_of(self, server_level: str = "INFO") -> Any:
         """What the server logs within the block, as lines."""

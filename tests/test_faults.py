@@ -197,7 +197,7 @@ class Watchdogs(ServerCase):
             wait_until(lambda: children(program.process.pid) - {pid}, "there is a watchdog")
             program.process.kill()
             program.end()
-        wait_until(lambda: not is_alive(pid), "the run has ended", 4)
+        wait_until(lambda: not is_alive(pid), "the run has ended")
         self.assertEqual(told.read_text(), "int\n")
 
     def test_one_lives_until_all_of_its_run_is_gone(self) -> None:

@@ -710,7 +710,7 @@ class Waiting(KeptCase):
         wait_until(lambda: note.exists() and note.read_text(), "it runs")
         (pid,) = pids_in(note.read_bytes())
         client.sock.close()
-        wait_until(lambda: not is_alive(pid), "it is gone", 3)
+        wait_until(lambda: not is_alive(pid), "it is gone")
 
     def test_a_command_with_input_can_be_waited_for_and_preferred_to_be_kept(self) -> None:
         server = self.serve({"x": Command("!cat; exit 3", stdin=True)})
