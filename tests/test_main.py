@@ -337,18 +337,20 @@ class Endings(ServerCase):
         return client, next(pids_in(client.read_chunk() or b""))
 
     def test_a_signal_ends_it_with_0_within_the_grace_time_and_a_second_and_nothing_is_left(self) -> None:
+        seconds = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             with self.subTest(number=number), Program("-p", "0", "--grace", "0.5", self.STUB) as program:
                 client, pid = self.start_stub(program)
                 started = time.monotonic()
                 program.process.send_signal(number)
                 code, err = program.end()
-                self.assertLess(time.monotonic() - started, 6)
+                seconds.append(time.monotonic() - started)
                 self.assertEqual(code, 0)
                 self.assertNotIn("Traceback", err)
                 self.assertIn('end="the server is shutting down"', err)
                 self.assertFalse(is_alive(pid))
                 self.assertIn(b"[stopped: the server is shutting down", client.read_until(b" s]\n"))
+        self.assertLess(sorted(seconds)[1], 0.5 + 1)  # the middle one: the machine may hold up another
 
     def test_a_second_signal_kills_all_groups_at_once(self) -> None:
         with Program("-p", "0", "--grace", "60", self.STUB) as program:
