@@ -1272,8 +1272,9 @@ class Load(ServerCase):
                 self.addCleanup(close)
             busy.stdout.readline()
         with streamlog.start({"x": "echo {n:int}"}, port=0, max_runs=100, insight=False) as server:
-            # The median, as others may be at work. A server whose threads jostle for the interpreter takes 4 to 40 s.
-            self.assertLess(sorted(self.run_a_hundred(server) for _ in range(3))[1], 3)
+            # The best of three, as others may be at work: it is 0.9 s where nobody is. A server whose threads jostle
+            # for the interpreter takes 4 to 40 s each time.
+            self.assertLess(min(self.run_a_hundred(server) for _ in range(3)), 3)
 
     def run_a_hundred(self, server: streamlog.Server) -> float:
         """Ask for a hundred runs at the same moment. Returns the seconds until all are answered."""
